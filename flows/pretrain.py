@@ -1,0 +1,47 @@
+"""The whole pipeline: dataset, then epoch by epoch training, evaluation and promotion, then a report.
+
+    python -m flows.pretrain --recipe demo                  here and now, with Prefect's embedded server
+    prefect deployment run pretrain/gpt2-124m               on a worker
+"""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from gpt2core.checkpoint_folder import epoch_name
+from gpt2core.config import DataConfig, EvalConfig, LaunchConfig, ModelConfig, RunConfig, TrainConfig
+from gpt2core.records import Stage
+from tasks.evaluate_checkpoint import evaluate_checkpoint
+from tasks.prepare_dataset import prepare_dataset
+from tasks.promote_best import promote_best
+from tasks.train_epoch import train_epoch
+from tasks.write_report import write_report
+
+
+@flow(name="pretrain", flow_run_name="pretrain [{run_name}]")
+def pretrain(
+    run_name: str = "gpt2_124m",
+    artifacts_dir: str = "artifacts",
+    model: ModelConfig = ModelConfig(),
+    data: DataConfig = DataConfig(),
+    train: TrainConfig = TrainConfig(),
+    evaluation: EvalConfig = EvalConfig(),
+    launch: LaunchConfig = LaunchConfig(),
+) -> list[Stage]:
+    """Pretrains GPT-2 from text to a promoted model. Stages that lie done on disk are not done again."""
+    config = RunConfig(
+        run_name=run_name, artifacts_dir=artifacts_dir, model=model, data=data, train=train, evaluation=evaluation
+    )
+    stages = [prepare_dataset(data)]
+    for epoch in range(1, train.num_epochs + 1):
+        stages.append(train_epoch(config, launch, epoch))
+        stages.append(evaluate_checkpoint(artifacts_dir, run_name, epoch_name(epoch), device=train.device))
+        stages.append(promote_best(artifacts_dir, run_name))
+    write_report(artifacts_dir, run_name, stages)
+    return stages
+
+
+if __name__ == "__main__":
+    from flows.command_line import main
+
+    main(pretrain)

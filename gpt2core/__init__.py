@@ -1,0 +1,9 @@
+"""GPT-2 pretraining as a library: no Prefect in here, only torch, numpy, tiktoken, datasets, fsspec and TensorBoard.
+
+Modules build on the ones above them:
+
+    config -> tokenizer, run_folder -> shards, prepare -> loader
+    config -> model -> optim
+    checkpoint, metrics, evaluation, hellaswag
+    trainer -> train, evaluate, promote, generate, export, report -> cli
+"""

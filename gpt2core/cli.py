@@ -1,0 +1,201 @@
+"""`gpt2 COMMAND`: every stage and every look at a run from the command line, with no Prefect server."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpt2core.config import DataConfig, LaunchConfig, RunConfig
+from gpt2core.flags import Parser, add_recipe, add_settings, launch_config, main_guard, run_config
+
+if TYPE_CHECKING:
+    from gpt2core.run_checkpoint import NamedCheckpoint
+
+
+def prepare(argv: list[str]) -> None:
+    from gpt2core.prepare import prepare as prepare_dataset
+
+    parser = Parser(prog="gpt2 prepare", description="Tokenize text into shards.")
+    add_recipe(parser)
+    add_settings(parser, DataConfig)
+    prepare_dataset(run_config(parser.parse_args(argv)).data)
+
+
+def train(argv: list[str]) -> int:
+    from gpt2core import launch
+    from gpt2core import train as training
+    from gpt2core.preflight import preflight
+
+    parser = Parser(prog="gpt2 train", description="Train GPT-2, in one process or under torchrun in several.")
+    add_settings(parser, LaunchConfig)
+    training.add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    config, launched = run_config(arguments), launch_config(arguments)
+    if arguments.list_checkpoints:
+        training.main(_without_launch_flags(argv))
+        return 0
+    nproc = launch.num_processes(launched.nproc_per_node, config.train.device)
+    training.refuse_silent_overwrite(config, arguments.resume)
+    preflight(config, nproc)
+    command = launch.python_command("gpt2core.train", _without_launch_flags(argv), nproc)
+    return launch.run_in_foreground(command, nproc)
+
+
+def _without_launch_flags(argv: list[str]) -> list[str]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_settings(parser, LaunchConfig)
+    return parser.parse_known_args(argv)[1]
+
+
+def evaluate(argv: list[str]) -> None:
+    from gpt2core import evaluate as evaluation
+
+    parser = Parser(prog="gpt2 evaluate", description="Measure a checkpoint: validation loss and HellaSwag.")
+    evaluation.add_arguments(parser)
+    print(evaluation.describe(evaluation.evaluate(parser.parse_args(argv))))
+
+
+def promote(argv: list[str]) -> None:
+    from gpt2core import promote as promotion
+
+    parser = Parser(prog="gpt2 promote", description="Promote the run's best measured model, if it beats what is there.")
+    promotion.add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    print(promotion.describe(promotion.promote(arguments.artifacts_dir, arguments.run_name)))
+
+
+def generate(argv: list[str]) -> None:
+    from gpt2core import generate as generation
+
+    parser = Parser(prog="gpt2 generate", description="Continue a text.")
+    parser.add_argument("prompt", nargs="?", default=generation.PROMPT, help="text to continue")
+    _add_checkpoint(parser, default="best")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest continuation, in tokens")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token each time")
+    parser.add_argument("--top_k", type=int, default=50, help="draw among so many likeliest tokens; 0 among all")
+    parser.add_argument("--seed", type=int, default=42, help="same seed, same text")
+    parser.add_argument("--samples", type=int, default=1, help="number of continuations")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+    arguments = parser.parse_args(argv)
+    texts = generation.generate(
+        _load(arguments).model(arguments.device),
+        arguments.prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k or None,
+        seed=arguments.seed,
+        samples=arguments.samples,
+    )
+    print("\n---\n".join(texts))
+
+
+def export(argv: list[str]) -> None:
+    from gpt2core.export import export_huggingface
+
+    parser = Parser(prog="gpt2 export", description="Write a model for Hugging Face transformers.")
+    _add_checkpoint(parser, default="best")
+    parser.add_argument("--to", nargs=2, metavar=("FORMAT", "FOLDER"), required=True, help="hf FOLDER")
+    arguments = parser.parse_args(argv)
+    target_format, folder = arguments.to[0], Path(arguments.to[1])
+    if target_format != "hf":
+        raise ValueError(f"--to {target_format}: the format known is hf")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"--to {folder}: the folder is not empty; give a new one")
+    checkpoint = _load(arguments)
+    export_huggingface(checkpoint.state["model"], checkpoint.config.model, folder)
+    print(f"{folder} holds {checkpoint.name} as transformers' AutoModelForCausalLM and AutoTokenizer load it")
+
+
+def checkpoints(argv: list[str]) -> None:
+    from gpt2core.checkpoint_folder import CheckpointFolder
+    from gpt2core.listing import print_checkpoints
+    from gpt2core.run_folder import RunFolder
+
+    parser = Parser(prog="gpt2 checkpoints", description="List a run's checkpoints, or remove old rolling ones.")
+    parser.add_argument("action", nargs="?", choices=["list", "prune"], default="list", help="what to do")
+    _add_run(parser)
+    parser.add_argument("--keep", type=int, default=RunConfig().train.keep_checkpoints, help="rolling ones that prune leaves")
+    arguments = parser.parse_args(argv)
+    folder = RunFolder(arguments.artifacts_dir, arguments.run_name).checkpoints
+    if arguments.action == "prune":
+        if arguments.keep < 1:
+            raise ValueError(f"--keep {arguments.keep}: at least 1 stays")
+        for path in CheckpointFolder(folder).prune(arguments.keep):
+            print(f"removed {path}")
+    print_checkpoints(folder)
+
+
+def tensorboard(argv: list[str]) -> int:
+    import socket
+    import subprocess
+
+    parser = Parser(prog="gpt2 tensorboard", description="Show the runs' curves in TensorBoard.")
+    parser.add_argument("--artifacts_dir", default=RunConfig().artifacts_dir, help="folder of the runs")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=6006, help="port to listen on")
+    arguments = parser.parse_args(argv)
+    if not Path(arguments.artifacts_dir).is_dir():
+        raise ValueError(f"--artifacts_dir {arguments.artifacts_dir}: there is no such folder")
+    port, host = arguments.port, socket.gethostname()
+    print(f"from another machine: ssh -N -L {port}:127.0.0.1:{port} {host}, then http://127.0.0.1:{port}", flush=True)
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", arguments.artifacts_dir]
+    return subprocess.call([*command, "--host", arguments.host, "--port", str(port)])
+
+
+def status(argv: list[str]) -> None:
+    from gpt2core.listing import print_status
+
+    parser = Parser(prog="gpt2 status", description="Show how far every run is, from files alone.")
+    parser.add_argument("--artifacts_dir", default=RunConfig().artifacts_dir, help="folder of the runs")
+    print_status(Path(parser.parse_args(argv).artifacts_dir))
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run_name", default=RunConfig().run_name, help="run to look at")
+    parser.add_argument("--artifacts_dir", default=RunConfig().artifacts_dir, help="folder of the runs")
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--checkpoint", default=default, metavar="latest|best|epoch_00003|PATH|URL", help="which weights")
+    _add_run(parser)
+
+
+def _load(arguments: argparse.Namespace) -> NamedCheckpoint:
+    from gpt2core.run_checkpoint import load_named
+    from gpt2core.run_folder import RunFolder
+
+    return load_named(arguments.checkpoint, RunFolder(arguments.artifacts_dir, arguments.run_name))
+
+
+COMMANDS = {
+    "prepare": (prepare, "tokenize text into shards"),
+    "train": (train, "train, or go on training"),
+    "evaluate": (evaluate, "measure a checkpoint: validation loss and HellaSwag"),
+    "promote": (promote, "make the best measured model the one in artifacts/best/"),
+    "generate": (generate, "continue a text"),
+    "export": (export, "write a model for Hugging Face transformers"),
+    "checkpoints": (checkpoints, "list a run's checkpoints, or remove old ones"),
+    "tensorboard": (tensorboard, "show the curves"),
+    "status": (status, "show how far every run is"),
+}
+
+
+def run(argv: list[str]) -> int:
+    listing = "\n".join(f"  {name:<12} {summary}" for name, (_, summary) in COMMANDS.items())
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: gpt2 COMMAND [flags]\n\n{listing}\n\ngpt2 COMMAND --help explains one.")
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        Parser(prog="gpt2").error(f"there is no command '{argv[0]}'; the commands are {', '.join(COMMANDS)}")
+    command, _ = COMMANDS[argv[0]]
+    return command(argv[1:]) or 0
+
+
+def main() -> None:
+    main_guard(lambda: run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

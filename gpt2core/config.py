@@ -1,0 +1,278 @@
+"""Every setting of a run, once: these models make the CLI's flags, the Prefect parameters and the saved config.json.
+
+The defaults are the recipe `gpt2_124m`. What can be derived from the fields is a method, never a field.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PADDED_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, padded to a multiple of 128 for the matrix units
+VOCAB_SIZE = 50257
+
+Positive = Annotated[int, Field(ge=1)]
+Frequency = Annotated[int, Field(ge=0)]  # 0 switches it off
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Settings(BaseModel):
+    """A group of settings: immutable, and a misspelt name is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=False)
+
+    # Fields that may differ between the run that wrote a checkpoint and the one that resumes it.
+    free_to_change: ClassVar[frozenset[str]] = frozenset()
+
+
+class ModelConfig(Settings):
+    """Shape of the network (GPT-2, Radford et al. 2019)."""
+
+    context_length: Positive = Field(1024, description="Longest sequence the model sees, in tokens.")
+    num_layers: Positive = Field(12, description="Transformer blocks.")
+    embd_size: Positive = Field(768, description="Width of the residual stream; a multiple of num_heads.")
+    num_heads: Positive = Field(12, description="Attention heads in a block.")
+    vocab_size: int = Field(
+        PADDED_VOCAB_SIZE, ge=VOCAB_SIZE, description="Rows of the token embedding: GPT-2's 50,257 tokens plus padding."
+    )
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> ModelConfig:
+        if self.embd_size % self.num_heads:
+            raise ValueError(f"embd_size {self.embd_size} is not a multiple of num_heads {self.num_heads}")
+        return self
+
+    def num_parameters(self) -> int:
+        """Trainable parameters; the head shares its matrix with the token embedding."""
+        width = self.embd_size
+        block = 12 * width * width + 13 * width  # qkv 3w^2+3w, projection w^2+w, MLP 8w^2+5w, two LayerNorms 4w
+        return (self.vocab_size + self.context_length) * width + self.num_layers * block + 2 * width
+
+
+# GPT-2's four sizes (Radford et al. 2019, table 2; parameter counts as OpenAI's released weights have them).
+MODEL_SIZES: dict[str, ModelConfig] = {
+    "124M": ModelConfig(num_layers=12, embd_size=768, num_heads=12),
+    "350M": ModelConfig(num_layers=24, embd_size=1024, num_heads=16),
+    "774M": ModelConfig(num_layers=36, embd_size=1280, num_heads=20),
+    "1558M": ModelConfig(num_layers=48, embd_size=1600, num_heads=25),
+}
+
+
+class DataConfig(Settings):
+    """Where the tokens come from and where they lie."""
+
+    free_to_change = frozenset({"data_dir", "source", "source_config", "text_column", "shard_size", "num_workers"})
+
+    data_dir: str = Field("data/edu_fineweb10B", description="Folder of the token shards and their manifest.json.")
+    source: str = Field(
+        "HuggingFaceFW/fineweb-edu",
+        description="Text to tokenize: a Hugging Face dataset (owner/name), or a path, glob or fsspec URL of "
+        "parquet, jsonl or text files.",
+    )
+    source_config: str | None = Field(
+        None,
+        description="Configuration of a Hugging Face dataset; sample-10BT when the source is HuggingFaceFW/fineweb-edu.",
+    )
+    text_column: str = Field("text", min_length=1, description="Column that holds a document's text.")
+    shard_size: int = Field(
+        100_000_000, ge=1024, description="Tokens in a shard; the first one of the source is the validation shard."
+    )
+    num_workers: int = Field(0, ge=0, description="Processes that tokenize; 0 takes one a CPU core.")
+
+    def hub_config(self) -> str | None:
+        """The dataset configuration to ask the hub for."""
+        if self.source_config is None and self.source == "HuggingFaceFW/fineweb-edu":
+            return "sample-10BT"
+        return self.source_config
+
+
+class TrainConfig(Settings):
+    """The optimization: batch, schedule, and what happens every so many steps (one step is one optimizer update)."""
+
+    free_to_change = frozenset(
+        {
+            "mini_batch_size",
+            "eval_freq",
+            "hellaswag_freq",
+            "sample_freq",
+            "histogram_freq",
+            "checkpoint_freq",
+            "keep_checkpoints",
+            "use_tensorboard",
+            "log_freq",
+            "compile",
+            "device",
+        }
+    )
+
+    total_batch_size: Positive = Field(524_288, description="Tokens in a step, over all ranks and accumulation steps.")
+    mini_batch_size: Positive = Field(32, description="Sequences a rank takes through the model at once.")
+    max_lr: float = Field(1e-3, gt=0, description="Learning rate after the warmup.")
+    min_lr: float = Field(1e-4, ge=0, description="Learning rate at the end of the cosine.")
+    warmup_steps: Frequency = Field(715, description="Steps of linear warmup (375M tokens, as in GPT-3).")
+    num_epochs: Positive = Field(5, description="Epochs in the run; the cosine spans all of them.")
+    steps_per_epoch: Positive | Literal["auto"] = Field(
+        19_073, description="Steps in an epoch; auto takes what one pass over the training shards gives."
+    )
+    weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay, on matrices and embeddings only.")
+    beta1: Fraction = Field(0.9, description="AdamW decay of the first moment.")
+    beta2: Fraction = Field(0.95, description="AdamW decay of the second moment (GPT-3, appendix B).")
+    grad_clip: float = Field(1.0, gt=0, description="Largest global gradient norm.")
+    seed: int = Field(1337, ge=0, description="Seed of the weights and of the data order.")
+    shuffle: Literal["sequences", "shards", "none"] = Field(
+        "sequences",
+        description="Order of the training data in an epoch: a permutation of all sequences, of the shards, or none.",
+    )
+    eval_freq: Frequency = Field(250, description="Steps between validations; 0 for the end of an epoch only.")
+    hellaswag_freq: Frequency = Field(250, description="Steps between HellaSwag evaluations while training; 0 for never.")
+    sample_freq: Frequency = Field(250, description="Steps between generated text samples; 0 for never.")
+    histogram_freq: Frequency = Field(1000, description="Steps between parameter and gradient histograms; 0 for never.")
+    log_freq: Positive = Field(1, description="Steps between lines in log.txt and metrics.jsonl.")
+    checkpoint_freq: Frequency = Field(250, description="Steps between checkpoints; 0 for the end of an epoch only.")
+    keep_checkpoints: Positive = Field(10, description="Rolling checkpoints kept; older ones are removed.")
+    use_tensorboard: bool = Field(True, description="Write TensorBoard event files.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Device; auto takes a GPU if there is one.")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="Arithmetic of the activations; auto is bf16 on GPUs that have it, else fp32."
+    )
+    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto compiles on CUDA only.")
+
+    @model_validator(mode="after")
+    def _learning_rates_descend(self) -> TrainConfig:
+        if self.min_lr > self.max_lr:
+            raise ValueError(f"min_lr {self.min_lr} is above max_lr {self.max_lr}")
+        return self
+
+
+class EvalConfig(Settings):
+    """What a checkpoint is measured on."""
+
+    free_to_change = frozenset({"hellaswag", "val_tokens"})
+
+    val_tokens: Positive = Field(
+        2_621_440, description="Tokens of the validation shard to measure the loss on, from its start."
+    )
+    hellaswag: str = Field(
+        "Rowan/hellaswag",
+        description="HellaSwag's validation set: a Hugging Face dataset, or the path or URL of a jsonl file.",
+    )
+
+
+class LaunchConfig(Settings):
+    """How many processes train; no part of the run's identity, so a run may go on with another number."""
+
+    nproc_per_node: Positive | Literal["auto"] = Field(
+        "auto", description="Training processes on this machine; auto takes one a visible GPU, or one on the CPU."
+    )
+
+
+class RunConfig(Settings):
+    """The whole configuration of a run, as config.json in its folder has it."""
+
+    run_name: str = Field(
+        "gpt2_124m",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        description="Name of the run and of its folder: letters, digits, '.', '_' and '-'.",
+    )
+    artifacts_dir: str = Field("artifacts", description="Folder under which each run has a folder of its own.")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvalConfig = EvalConfig()
+
+    free_to_change = frozenset({"artifacts_dir"})
+
+    @model_validator(mode="after")
+    def _batch_holds_whole_sequences(self) -> RunConfig:
+        if self.train.total_batch_size % self.model.context_length:
+            raise ValueError(
+                f"total_batch_size {self.train.total_batch_size} tokens is not a multiple of "
+                f"context_length {self.model.context_length}; nearest: {_multiples_near(self.train.total_batch_size, self.model.context_length)}"
+            )
+        return self
+
+    def sequences_per_step(self) -> int:
+        return self.train.total_batch_size // self.model.context_length
+
+    def grad_accum_steps(self, world_size: int) -> int:
+        """Micro-steps a rank makes in one step, so that all ranks together see total_batch_size tokens.
+
+        Raises ValueError, with numbers that would do, when the total batch cannot be split evenly.
+        """
+        sequences, per_micro_step = self.sequences_per_step(), self.train.mini_batch_size * world_size
+        if sequences % per_micro_step == 0:
+            return sequences // per_micro_step
+        fitting = [size for size in range(1, sequences + 1) if sequences % (size * world_size) == 0]
+        per_micro_step_tokens = per_micro_step * self.model.context_length
+        advice = f"total_batch_size {_multiples_near(self.train.total_batch_size, per_micro_step_tokens)}"
+        if fitting:
+            nearest = sorted(fitting, key=lambda size: abs(math.log(size / self.train.mini_batch_size)))[:3]
+            advice = f"mini_batch_size {' or '.join(str(size) for size in sorted(nearest))}, or {advice}"
+        raise ValueError(
+            f"total_batch_size {self.train.total_batch_size} tokens does not divide into mini_batch_size "
+            f"{self.train.mini_batch_size} x context_length {self.model.context_length} x {world_size} ranks; "
+            f"use {advice}"
+        )
+
+    def checkpoint_bytes(self) -> int:
+        """Size of one checkpoint: fp32 weights and AdamW's two moments."""
+        return 3 * 4 * self.model.num_parameters()
+
+
+def _multiples_near(value: int, unit: int) -> str:
+    below, above = value // unit * unit, -(-value // unit) * unit
+    return f"{below} or {above}" if below else str(above)
+
+
+RECIPES: dict[str, RunConfig] = {
+    "gpt2_124m": RunConfig(),
+    # Small enough for two CPU cores in under two minutes, big enough to learn something from Tiny Shakespeare.
+    "demo": RunConfig(
+        run_name="demo",
+        model=ModelConfig(context_length=128, num_layers=4, embd_size=64, num_heads=4),
+        data=DataConfig(data_dir="data/demo", source="data/sample/tinyshakespeare.txt", shard_size=32_768),
+        train=TrainConfig(
+            total_batch_size=4096,
+            mini_batch_size=2,
+            max_lr=1e-2,
+            min_lr=1e-3,
+            warmup_steps=10,
+            num_epochs=2,
+            steps_per_epoch=40,
+            eval_freq=20,
+            hellaswag_freq=0,
+            sample_freq=0,
+            histogram_freq=40,
+            checkpoint_freq=20,
+            keep_checkpoints=3,
+            device="cpu",
+        ),
+        evaluation=EvalConfig(val_tokens=32_640, hellaswag="data/sample/hellaswag_sample.jsonl"),
+    ),
+}
+
+
+def differences(saved: Settings, wanted: Settings, prefix: str = "") -> list[str]:
+    """What differs between two configurations and may not, as lines such as 'train.max_lr: 0.001 -> 0.002'."""
+    found: list[str] = []
+    for name in type(saved).model_fields:
+        before, after = getattr(saved, name), getattr(wanted, name)
+        if isinstance(before, Settings):
+            found += differences(before, after, f"{prefix}{name}.")
+        elif before != after and name not in saved.free_to_change:
+            found.append(f"{prefix}{name}: {before} -> {after}")
+    return found
+
+
+def first_error(error: Any) -> str:
+    """A pydantic ValidationError as one sentence that names the field, the value and what is wrong."""
+    detail = error.errors()[0]
+    where = ".".join(str(part) for part in detail["loc"] if not str(part).startswith(("literal[", "constrained-")))
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        return f"{where}: there is no such setting"
+    if detail["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}: {message}, got {detail['input']!r}"

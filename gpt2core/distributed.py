@@ -1,0 +1,116 @@
+"""This process's place among the ranks, its device, and the wish to stop that a signal brings."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gpt2core.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who takes part: one process alone, or the ranks that torchrun started."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @classmethod
+    def join(cls, device: str) -> Ranks:
+        """Joins torchrun's process group if there is one. Raises ValueError when the device cannot be had.
+
+        CPU tensors go over gloo in any case, so that ranks can agree without making the GPU wait.
+        """
+        world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+        chosen = pick_device(device, local_rank)
+        if world_size == 1:
+            return cls(0, 1, chosen)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        dist.init_process_group(backend="cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), world_size, chosen)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, value: bool) -> bool:
+        """Whether it is true on any rank; all ranks get the same answer at the same place."""
+        if self.world_size == 1:
+            return value
+        flag = torch.tensor([int(value)])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of the ranks; it may hold what a checkpoint may hold."""
+        if self.world_size == 1:
+            return [value]
+        packed = io.BytesIO()
+        torch.save(value, packed)
+        every: list[Any] = [None] * self.world_size
+        dist.all_gather_object(every, packed.getvalue())
+        return [torch.load(io.BytesIO(one), weights_only=True) for one in every]
+
+    def leave(self) -> None:
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """The device to compute on. Raises ValueError when the one asked for is not there."""
+    gpus = torch.cuda.device_count()
+    if wanted == "auto":
+        wanted = "cuda" if gpus else "cpu"
+    if wanted == "cuda" and local_rank >= gpus:
+        raise ValueError(
+            f"device cuda: local rank {local_rank} needs GPU number {local_rank} and this machine shows {gpus} GPUs; "
+            f"start at most {gpus} processes or use --device cpu"
+            if gpus
+            else "device cuda: this machine shows no GPU (torch.cuda.is_available() is False); use --device cpu"
+        )
+    if wanted == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device mps: this machine has no Apple GPU; use --device cpu")
+    return torch.device(wanted, local_rank) if wanted == "cuda" else torch.device(wanted)
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of the activations. Raises ValueError for bf16 on a GPU without it."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16" and device.type == "cuda" and not has_bf16:
+        raise ValueError(f"precision bf16: {torch.cuda.get_device_name(device)} does not have it; use --precision fp32")
+    return torch.bfloat16 if has_bf16 and precision == "auto" or precision == "bf16" else torch.float32
+
+
+def use_compile(train: TrainConfig, device: torch.device) -> bool:
+    return train.compile == "on" or (train.compile == "auto" and device.type == "cuda")
+
+
+class StopRequest:
+    """Turns SIGINT and SIGTERM into a wish that the loop reads between two steps; a second signal ends at once."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # torchrun hands the same SIGTERM on to ranks that may have got it already; only an impatient person means it
+        if self.signal is not None and number == signal.SIGINT:
+            os._exit(128 + number)
+        self.signal = signal.Signals(number)

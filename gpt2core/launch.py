@@ -1,0 +1,122 @@
+"""Starts training processes and owns their death: torchrun for several, plain python for one.
+
+A trainer started here gets SIGTERM when the process that started it dies (Linux), so none is left holding a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Literal
+
+STARTED_BY = "GPT2_STARTED_BY"  # process id of the launcher, for die_with_parent
+GRACE_S = 30.0  # time to save a checkpoint after SIGTERM, before SIGKILL; torchrun gives its ranks as much
+
+# glibc gives big blocks back to the kernel and faults them in anew each time; the logits of every micro-step are such
+# blocks, and on the CPU that took nearly half the time (tests/benchmarks/cpu_malloc.py).
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(8 << 30), "MALLOC_TOP_PAD_": str(256 << 20)}
+
+
+def num_processes(wanted: int | Literal["auto"], device: str) -> int:
+    """How many training processes to start. Raises ValueError for more than there are GPUs."""
+    gpus = 0 if device in ("cpu", "mps") else count_gpus()
+    if wanted == "auto":
+        return max(1, gpus)
+    if gpus and wanted > gpus:
+        raise ValueError(f"nproc_per_node {wanted}: this machine shows {gpus} GPUs; use at most {gpus}")
+    return wanted
+
+
+def count_gpus() -> int:
+    """GPUs that a new process would see; asked of one, so that this process never touches them."""
+    code = "import torch; print(torch.cuda.device_count())"
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def python_command(module: str, arguments: list[str], nproc: int = 1) -> list[str]:
+    """The command that runs a module of this package in `nproc` processes."""
+    if nproc == 1:
+        return [sys.executable, "-m", module, *arguments]
+    torchrun = ["--standalone", f"--nproc_per_node={nproc}", "-m", module, *arguments]
+    return [sys.executable, "-m", "gpt2core.launch", *torchrun]
+
+
+def run(command: list[str], on_line: Callable[[str], None] = print, nproc: int = 1) -> int:
+    """Runs a command to its end and hands on each line of its output; returns its exit code.
+
+    Ctrl+C, SIGTERM or any other exception here first stops the command: SIGTERM, then after GRACE_S SIGKILL.
+    """
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", STARTED_BY: str(os.getpid())}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    for name, value in KEEP_FREED_MEMORY.items():
+        environment.setdefault(name, value)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+        start_new_session=True,  # Ctrl+C reaches it through us, once
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            on_line(line.rstrip("\n"))
+        return process.wait()
+    except BaseException:
+        stop(process, on_line)
+        raise
+
+
+def stop(process: subprocess.Popen[str], on_line: Callable[[str], None] = print) -> int:
+    """Ends a process: SIGTERM, its last lines handed on, and SIGKILL to its session after GRACE_S."""
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+    try:
+        rest, _ = process.communicate(timeout=GRACE_S)
+        for line in (rest or "").splitlines():
+            on_line(line)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
+
+
+def run_in_foreground(command: list[str], nproc: int) -> int:
+    """Runs a trainer for a person at a terminal: Ctrl+C or SIGTERM lets it save, and then counts as a clean end."""
+
+    def leave(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        return run(command, lambda line: print(line, flush=True), nproc)
+    except KeyboardInterrupt:
+        return 0
+
+
+def die_with_parent() -> None:
+    """Asks the kernel for SIGTERM when the parent dies, if the parent is our launcher or torchrun (Linux only).
+
+    A trainer that a person started from a shell is left alone: it may outlive the shell on purpose.
+    """
+    started_by, by_torchrun = os.environ.pop(STARTED_BY, None), "TORCHELASTIC_RUN_ID" in os.environ
+    if sys.platform != "linux" or not (started_by or by_torchrun):
+        return
+    PR_SET_PDEATHSIG = 1  # noqa: N806: the name in prctl(2)
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if started_by and not by_torchrun and os.getppid() != int(started_by):  # it died before we asked
+        sys.exit(128 + signal.SIGTERM)
+
+
+if __name__ == "__main__":  # torchrun, tied to the life of its parent
+    die_with_parent()
+    from torch.distributed.run import main
+
+    main()

@@ -1,0 +1,105 @@
+"""Tables for people: the checkpoints of a run, and the state of all runs, from files alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from gpt2core.checkpoint_folder import LATEST, CheckpointFolder
+from gpt2core.flags import read_config
+from gpt2core.records import current_best
+from gpt2core.run_folder import RunFolder
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
+    """A table whose numbers line up on the right; None shows as a dash."""
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for position, column in enumerate(columns):
+        made.add_column(column, justify="left" if position == 0 else "right", no_wrap=True)
+    for row in rows:
+        made.add_row(*("-" if cell is None else str(cell) for cell in row))
+    return made
+
+
+def show(made: Table) -> None:
+    """Prints a table; where there is no terminal, as wide as it needs to be."""
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(made)
+
+
+def number(value: float | None, digits: int = 4) -> str | None:
+    return None if value is None else f"{value:.{digits}f}"
+
+
+def size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def age(moment: str) -> str:
+    return duration(max(0.0, (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()))
+
+
+def print_checkpoints(path: Path) -> None:
+    """All committed checkpoints of a folder, newest first, with what they take on disk together."""
+    folder = CheckpointFolder(path)
+    rows = [
+        (c.name, s.step, s.epoch, number(s.train_loss), number(s.val_loss), size(s.bytes), age(s.saved_at), s.sha256[:12])
+        for c in folder.all()
+        for s in [c.sidecar]
+    ]
+    if not rows:
+        print(f"no checkpoints in {path}")
+        return
+    columns = ("checkpoint", "step", "epochs", "train loss", "val loss", "size", "age", "sha256")
+    show(table(f"{path}: {size(folder.disk_bytes())} on disk (names of one sha256 share one file)", columns, rows))
+
+
+def print_status(artifacts: Path) -> None:
+    """Every run under the folder: how far, how good, how fast, when saved; and the promoted model."""
+    rows = [_status_row(path) for path in sorted(artifacts.glob("*/config.json"))]
+    if not rows:
+        print(f"no runs in {artifacts}")
+        return
+    columns = ("run", "step", "of", "train loss", "val loss", "acc_norm", "tokens/s", "to go", "saved", "age", "disk")
+    show(table(f"runs in {artifacts}", columns, rows))
+    best = current_best(artifacts)
+    print(f"promoted: {best.run_name} step {best.step}, val_loss {best.val_loss:.4f}" if best else "promoted: nothing yet")
+
+
+def _status_row(config_file: Path) -> tuple[Any, ...]:
+    folder = RunFolder(config_file.parent.parent, config_file.parent.name)
+    try:
+        train = read_config(config_file).train
+    except (ValueError, ValidationError) as error:
+        return (folder.path.name, f"unreadable: {error}", *[None] * 9)
+    latest = {name: value for line in folder.metrics() for name, value in line.items()}
+    checkpoints = CheckpointFolder(folder.checkpoints)
+    saved = checkpoints.find(LATEST)
+    steps = None if train.steps_per_epoch == "auto" else train.num_epochs * train.steps_per_epoch
+    speed, step = latest.get("tokens_per_sec"), latest.get("step")
+    to_go = None
+    if steps and speed and step is not None:
+        to_go = duration((steps - step) * train.total_batch_size / speed)
+    return (
+        folder.path.name,
+        step,
+        steps,
+        number(latest.get("loss")),
+        number(latest.get("val_loss")),
+        number(latest.get("acc_norm")),
+        None if speed is None else f"{speed:,.0f}",
+        to_go,
+        saved and saved.sidecar.step,
+        saved and age(saved.sidecar.saved_at),
+        size(checkpoints.disk_bytes()),
+    )

@@ -1,0 +1,98 @@
+"""What rank 0 writes while it trains: metrics.jsonl for programs, logs/log.txt for people, TensorBoard for curves."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from gpt2core.config import RunConfig
+from gpt2core.run_folder import RunFolder, read_json_lines, write_text
+
+# Where TensorBoard shows each number.
+TENSORBOARD_TAGS = {
+    "loss": "loss/train",
+    "val_loss": "loss/val",
+    "lr": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+    "tokens_per_sec": "speed/tokens_per_sec",
+    "step_ms": "speed/step_ms",
+    "memory_gib": "speed/memory_gib",
+    "acc": "hellaswag/acc",
+    "acc_norm": "hellaswag/acc_norm",
+}
+
+
+class MetricsLog:
+    """Appends to the three logs of a run. Opened to resume at a step, it drops what a crashed attempt logged beyond."""
+
+    def __init__(self, folder: RunFolder, *, resume_at: int | None, use_tensorboard: bool) -> None:
+        folder.log_file.parent.mkdir(parents=True, exist_ok=True)
+        if resume_at is not None:
+            kept = [line for line in read_json_lines(folder.metrics_file) if line["step"] <= resume_at]
+            write_text(folder.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+        self._metrics = folder.metrics_file.open("a", encoding="utf-8", buffering=1)
+        self._text = folder.log_file.open("a", encoding="utf-8", buffering=1)
+        purge_step = None if resume_at is None else resume_at + 1
+        self._board = SummaryWriter(str(folder.tensorboard), purge_step=purge_step) if use_tensorboard else None
+
+    def say(self, message: str) -> None:
+        """One line to the terminal and to log.txt."""
+        line = f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}"
+        print(line, flush=True)
+        self._text.write(line + "\n")
+
+    def numbers(self, step: int, **values: float) -> None:
+        """One measurement to all three: 'step=250 loss=3.2118 lr=0.00035', the same names in metrics.jsonl."""
+        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self.say(f"step={step} " + " ".join(f"{name}={_short(value)}" for name, value in values.items()))
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(TENSORBOARD_TAGS.get(name, name), value, step)
+
+    def sample(self, step: int, text: str) -> None:
+        self.say(f"step={step} sample: {text!r}")
+        if self._board:
+            self._board.add_text("sample", text, step)
+
+    def histograms(self, step: int, model: nn.Module) -> None:
+        """Parameters and gradients of every tensor."""
+        if not self._board:
+            return
+        for name, parameter in model.named_parameters():
+            self._board.add_histogram(f"parameters/{name}", parameter.detach().float().cpu(), step)
+            if parameter.grad is not None and _is_finite(parameter.grad):
+                self._board.add_histogram(f"gradients/{name}", parameter.grad.float().cpu(), step)
+
+    def hyperparameters(self, config: RunConfig, results: dict[str, float]) -> None:
+        """Fills TensorBoard's HParams tab: the settings, and the metrics that they led to."""
+        if not self._board:
+            return
+        settings = {
+            f"{group}.{name}": value if isinstance(value, int | float | str | bool) else str(value)
+            for group in ("model", "train", "data")
+            for name, value in getattr(config, group).model_dump().items()
+        }
+        metrics: dict[str, Any] = {f"final/{name}": value for name, value in results.items()}
+        for summary in hparams(settings, metrics):
+            self._board._get_file_writer().add_summary(summary)
+        for tag, value in metrics.items():
+            self._board.add_scalar(tag, value)
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._text.close()
+        if self._board:
+            self._board.close()
+
+
+def _short(value: float) -> str:
+    return f"{value:.5g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())

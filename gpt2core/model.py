@@ -1,0 +1,130 @@
+"""GPT-2 (Radford et al. 2019), written from scratch, with the parameter names of Hugging Face's GPT2LMHeadModel.
+
+Shapes in comments: B sequences, T tokens, C = embd_size, V = vocab_size.
+
+Parameters stay in fp32. The activations run in `compute_dtype`: each matrix is cast where it is used, so no autocast
+is needed and the residual stream itself is bf16 on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2core.config import ModelConfig
+
+INIT_STD = 0.02  # GPT-2's released code, model.py
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """A LayerNorm in the dtype of its input; PyTorch's kernels take mean and variance in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.c_attn = Linear(config.embd_size, 3 * config.embd_size)
+        self.c_proj = Linear(config.embd_size, config.embd_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape  # noqa: N806
+        heads = self.c_attn(x).view(B, T, 3, self.num_heads, C // self.num_heads)
+        q, k, v = (part.transpose(1, 2) for part in heads.unbind(2))  # each (B, heads, T, C / heads)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, C / heads)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.embd_size, 4 * config.embd_size)
+        self.c_proj = Linear(4 * config.embd_size, config.embd_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2 was trained with the tanh form
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config.embd_size)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config.embd_size)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.embd_size)
+        self.wpe = nn.Embedding(config.context_length, config.embd_size)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.ln_f = LayerNorm(config.embd_size)
+
+
+class GPT(nn.Module):
+    """GPT-2 with its head tied to the token embedding."""
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.transformer = Transformer(config)
+        self.lm_head = Linear(config.embd_size, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Draws fresh weights: N(0, 0.02), the projections into the residual stream scaled by 1/sqrt(2 * num_layers)
+        (GPT-2 paper, section 2.3), biases zero."""
+        residual_std = INIT_STD / math.sqrt(2 * self.config.num_layers)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif ".ln_" in name:
+                parameter.fill_(1.0)
+            else:
+                std = residual_std if name.endswith("c_proj.weight") else INIT_STD
+                parameter.normal_(0.0, std, generator=generator)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
+        """Logits (B, T, V) of `tokens` (B, T); with `targets` (B, T), the cross-entropy in nats.
+
+        The loss is a scalar for reduction 'mean', and one number a token, (B, T), for 'none'; always fp32.
+        """
+        logits = self.lm_head(self.hidden(tokens))  # (B, T, V)
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+        return loss.view_as(targets) if reduction == "none" else loss
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the head reads: the last block's output after the final LayerNorm, (B, T, C)."""
+        T = tokens.shape[1]  # noqa: N806
+        if T > self.config.context_length:
+            raise ValueError(f"{T} tokens are more than the model's context_length {self.config.context_length}")
+        position = torch.arange(T, device=tokens.device)
+        x = self.transformer.wte(tokens) + self.transformer.wpe(position)  # (B, T, C)
+        x = x.to(self.compute_dtype)
+        for block in self.transformer.h:
+            x = block(x)
+        return self.transformer.ln_f(x)

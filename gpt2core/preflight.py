@@ -1,0 +1,43 @@
+"""What must be right before a long run starts, checked in seconds."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from gpt2core.checkpoint_folder import CheckpointFolder
+from gpt2core.config import RunConfig
+from gpt2core.run_folder import RunFolder
+from gpt2core.shards import open_shards
+
+
+def preflight(config: RunConfig, world_size: int) -> list[str]:
+    """Lines that say what was found. Raises ValueError at the first thing that would stop the run."""
+    accum_steps = config.grad_accum_steps(world_size)
+    train = config.train
+    found = [
+        f"model: {config.model.num_parameters() / 1e6:.1f}M parameters, context {config.model.context_length}",
+        f"batch: {train.total_batch_size:,} tokens = {accum_steps} accumulation steps x {world_size} ranks "
+        f"x {train.mini_batch_size} sequences",
+    ]
+    for split in ("train", "val"):
+        shards = open_shards(Path(config.data.data_dir), split)
+        found.append(f"{split} data: {sum(shard.tokens.size for shard in shards):,} tokens in {len(shards)} shards")
+    found.append(_disk_space(config))
+    return found
+
+
+def _disk_space(config: RunConfig) -> str:
+    """Room for every tier: the rolling checkpoints (latest and its backup are among them), one an epoch, the best, and
+    the one being written."""
+    folder = RunFolder.of(config).checkpoints
+    folder.mkdir(parents=True, exist_ok=True)
+    files = config.train.keep_checkpoints + config.train.num_epochs + 2
+    needed = max(0, files * config.checkpoint_bytes() - CheckpointFolder(folder).disk_bytes())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"{folder} has {free / 1e9:.1f} GB free, and the run's checkpoints need {needed / 1e9:.1f} GB more "
+            f"({files} of {config.checkpoint_bytes() / 1e9:.2f} GB): free some space or lower --keep_checkpoints"
+        )
+    return f"disk: {free / 1e9:.0f} GB free, checkpoints need up to {needed / 1e9:.1f} GB"

@@ -1,0 +1,86 @@
+"""What the stages leave behind, as JSON files that people and other stages read. No torch in here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Stage(Record):
+    """One stage as it went, for the table at the end of a pipeline."""
+
+    stage: str
+    duration_s: float
+    note: str = ""
+    step: int | None = None
+    train_loss: float | None = None
+    val_loss: float | None = None
+    acc: float | None = None
+    acc_norm: float | None = None
+    tokens_per_sec: float | None = None
+
+
+class HellaSwagScore(Record):
+    """Shares of right answers with their standard errors."""
+
+    convention: Literal["build-nanogpt"] = "build-nanogpt"
+    source: str
+    examples: int
+    acc: float
+    acc_stderr: float
+    acc_norm: float
+    acc_norm_stderr: float
+
+
+class Evaluation(Record):
+    """One checkpoint, measured: evaluations/step_XXXXXX.json."""
+
+    run_name: str
+    checkpoint: str
+    sha256: str | None  # of the checkpoint's content
+    step: int
+    epoch: int
+    val_loss: float  # nats a token
+    perplexity: float
+    val_tokens: int
+    val_fingerprint: str
+    hellaswag: HellaSwagScore | None
+    duration_s: float
+    measured_at: str  # UTC, ISO 8601
+
+
+class Contender(Record):
+    """A checkpoint as promotion sees it."""
+
+    run_name: str
+    checkpoint: str
+    step: int
+    val_loss: float
+    val_fingerprint: str
+
+
+class Promotion(Record):
+    """One decision on what artifacts/best/ holds: promotion.json beside the model, and a line in history.jsonl."""
+
+    promoted: bool
+    reason: str
+    candidate: Contender
+    beaten: Contender | None  # what was best before
+    decided_at: str  # UTC, ISO 8601
+
+
+def current_best(artifacts: Path) -> Contender | None:
+    """What artifacts/best/ holds, None when nothing was promoted yet."""
+    record = artifacts / "best" / "promotion.json"
+    if not record.exists():
+        return None
+    try:
+        return Promotion.model_validate_json(record.read_text(encoding="utf-8")).candidate
+    except ValidationError:
+        raise ValueError(f"{record} is no promotion record: restore it, or move {artifacts / 'best'} away") from None

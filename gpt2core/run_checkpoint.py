@@ -1,0 +1,53 @@
+"""A model out of a checkpoint that a person named: latest, best, epoch_00003, a path or a URL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2core.checkpoint import load
+from gpt2core.checkpoint_folder import BEST, CheckpointFolder
+from gpt2core.config import ModelConfig, RunConfig
+from gpt2core.distributed import pick_device, pick_dtype
+from gpt2core.model import GPT
+from gpt2core.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class NamedCheckpoint:
+    """A loaded checkpoint, and which one it was."""
+
+    name: str  # its name in the run's folder, else its path or URL
+    state: dict[str, Any]
+    sha256: str | None  # from the sidecar, None for one outside a run folder
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration that it was trained with."""
+        return RunConfig.model_validate(self.state["config"])
+
+    def model(self, device: str = "auto", precision: str = "auto") -> GPT:
+        """The model on its device, ready to evaluate."""
+        on = pick_device(device)
+        model = GPT(ModelConfig.model_validate(self.state["config"]["model"]), pick_dtype(precision, on))
+        model.load_state_dict(self.state["model"])
+        return model.to(on).eval()
+
+
+def load_named(name: str, folder: RunFolder) -> NamedCheckpoint:
+    """Loads `latest`, `best`, or another name in the run's folder; else a path or fsspec URL.
+
+    Raises ValueError that names what is there when there is no such checkpoint.
+    """
+    checkpoints = CheckpointFolder(folder.checkpoints)
+    if found := checkpoints.find(BEST if name == "best" else name):
+        return NamedCheckpoint(found.name, load(found.path, found.sidecar), found.sidecar.sha256)
+    if "://" in name or Path(name).is_file():
+        return NamedCheckpoint(name, load(name), None)
+    there = ", ".join(checkpoint.name for checkpoint in checkpoints.all()) or "none"
+    raise ValueError(f"checkpoint {name}: there is no such file, nor one of that name in {folder.checkpoints} (there are: {there})")
+
+

@@ -1,0 +1,122 @@
+"""Trains one run: `python -m gpt2core.train ...`, or the same under torchrun for several GPUs.
+
+    torchrun --standalone --nproc_per_node=4 -m gpt2core.train --run_name NAME --resume latest
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2core.checkpoint import load, load_newest
+from gpt2core.checkpoint_folder import CheckpointFolder
+from gpt2core.config import RunConfig
+from gpt2core.distributed import Ranks, StopRequest
+from gpt2core.flags import Parser, add_recipe, add_settings, main_guard, run_config
+from gpt2core.launch import die_with_parent
+from gpt2core.metrics import MetricsLog
+from gpt2core.preflight import preflight
+from gpt2core.run_folder import RunFolder
+from gpt2core.trainer import Trainer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `python -m gpt2core.train` and of `gpt2 train`."""
+    parser.add_argument(
+        "--resume", metavar="latest|NAME|PATH", help="checkpoint to go on from; 'latest' starts afresh where there is none"
+    )
+    parser.add_argument("--force", action="store_true", help="resume although settings that shape the run have changed")
+    parser.add_argument("--stop_epoch", type=int, metavar="N", help="stop at the end of epoch N, counted from 1")
+    parser.add_argument("--list_checkpoints", action="store_true", help="show the run's checkpoints and exit")
+    add_recipe(parser)
+    add_settings(parser, RunConfig)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m gpt2core.train", description="Train GPT-2.")
+    add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    config = run_config(arguments)
+    if arguments.list_checkpoints:
+        from gpt2core.listing import print_checkpoints
+
+        print_checkpoints(RunFolder.of(config).checkpoints)
+        return
+    train(config, resume=arguments.resume, force=arguments.force, stop_epoch=arguments.stop_epoch)
+
+
+def train(config: RunConfig, *, resume: str | None, force: bool = False, stop_epoch: int | None = None) -> None:
+    """Trains this process's share of the run, from the checkpoint to the end, or to the end of `stop_epoch`."""
+    stop = StopRequest()
+    die_with_parent()
+    refuse_silent_overwrite(config, resume)
+    ranks = Ranks.join(config.train.device)
+    folder = RunFolder.of(config)
+    findings = preflight(config, ranks.world_size)
+    torch.set_float32_matmul_precision("high")  # TF32 for what is fp32 on the GPU
+    checkpoints = CheckpointFolder(folder.checkpoints)
+    trainer = Trainer(config, ranks)
+    origin = restore(trainer, checkpoints, resume)
+    log = None
+    if ranks.is_main:
+        folder.claim(config, force)
+        log = MetricsLog(folder, resume_at=trainer.step, use_tensorboard=config.train.use_tensorboard)
+        for line in [*findings, f"device: {describe(ranks)}", origin]:
+            log.say(line)
+    stop_step = trainer.steps_per_epoch * min(stop_epoch or config.train.num_epochs, config.train.num_epochs)
+    trainer.fit(stop_step, stop, log, checkpoints)
+    if log:
+        if trainer.step == trainer.max_steps:
+            results = {"loss": trainer.train_loss, "val_loss": trainer.val_loss, "best_val_loss": trainer.best_val_loss}
+            log.hyperparameters(config, {name: value for name, value in results.items() if value is not None})
+        log.say(f"at step {trainer.step} of {trainer.max_steps}")
+        log.close()
+    trainer.loader.close()
+    ranks.leave()
+
+
+def refuse_silent_overwrite(config: RunConfig, resume: str | None) -> None:
+    """Raises ValueError when the run folder holds checkpoints and it was not said what to do with them."""
+    folder = RunFolder.of(config)
+    if resume is None and CheckpointFolder(folder.checkpoints).has_any():
+        raise ValueError(
+            f"{folder.path} already holds checkpoints: go on from them with --resume latest, "
+            f"or start another run with --run_name"
+        )
+
+
+def restore(trainer: Trainer, checkpoints: CheckpointFolder, resume: str | None) -> str:
+    """Loads what --resume names into the trainer and says, in one line, where training starts."""
+    state: dict[str, Any] | None = None
+    where: object = resume
+    if resume == "latest":
+        state, where = load_newest(checkpoints, warn), checkpoints.path
+        if state is None:
+            return f"no checkpoint in {checkpoints.path} yet: starting afresh"
+    elif resume is not None:
+        named = checkpoints.find(resume)
+        path = named.path if named else Path(resume)
+        if not path.is_file():
+            raise ValueError(f"--resume {resume}: there is no such file, nor a checkpoint of that name in {checkpoints.path}")
+        state, where = load(path, named.sidecar if named else None), path
+    if state is None:
+        return f"starting afresh, {trainer.max_steps} steps to do"
+    trainer.load_state_dict(state, where)
+    return f"resumed from {where} at step {trainer.step} of {trainer.max_steps}"
+
+
+def warn(message: str) -> None:
+    print(f"WARNING: {message}", flush=True)
+
+
+def describe(ranks: Ranks) -> str:
+    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    return f"{ranks.device.type} ({name}), {ranks.world_size} ranks, torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,322 @@
+"""The training loop: state that can be saved and resumed, and `fit`, which tells the story of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from gpt2core.checkpoint import check_same_model, save
+from gpt2core.checkpoint_folder import BEST, FORMAT, CheckpointFolder, epoch_name
+from gpt2core.config import EvalConfig, RunConfig
+from gpt2core.distributed import Ranks, StopRequest, pick_dtype, use_compile
+from gpt2core.evaluation import validation_loss
+from gpt2core.generate import generate
+from gpt2core.hellaswag import Example, evaluate_hellaswag, load_hellaswag
+from gpt2core.loader import Loader, Sequences
+from gpt2core.metrics import MetricsLog
+from gpt2core.model import GPT
+from gpt2core.optim import build_optimizer, learning_rate, set_learning_rate
+from gpt2core.run_folder import RunFolder
+from gpt2core.shards import open_shards
+
+MAX_SKIPPED_IN_A_ROW = 10  # updates with a non-finite gradient before the run gives up
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer update left, still on the device: reading it is what makes the host wait."""
+
+    loss: Tensor  # mean over this rank's tokens
+    grad_norm: Tensor  # before clipping
+    lr: float
+
+
+class Trainer:
+    """One rank's share of a run."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        train = config.train
+        self.accum_steps = config.grad_accum_steps(ranks.world_size)
+        data_dir = Path(config.data.data_dir)
+        sequences = Sequences(open_shards(data_dir, "train"), config.model.context_length)
+        self.val_sequences = Sequences(open_shards(data_dir, "val"), config.model.context_length)
+        self.steps_per_epoch = steps_per_epoch(config, sequences)
+        self.max_steps = train.num_epochs * self.steps_per_epoch
+        self.loader = Loader(
+            sequences,
+            sequences_per_step=config.sequences_per_step(),
+            mini_batch_size=train.mini_batch_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            shuffle=train.shuffle,
+            seed=train.seed,
+            device=ranks.device,
+        )
+        seed_everything(train.seed + ranks.rank)
+        self.raw_model = GPT(config.model, pick_dtype(train.precision, ranks.device))
+        self.raw_model.init_weights(torch.Generator().manual_seed(train.seed))
+        self.raw_model.to(ranks.device)
+        self.optimizer = build_optimizer(self.raw_model, train)
+        compiled = torch.compile(self.raw_model, dynamic=False) if use_compile(train, ranks.device) else self.raw_model
+        self.forward = compiled
+        self.model: torch.nn.Module = compiled
+        if ranks.world_size > 1:
+            on = [ranks.device] if ranks.device.type == "cuda" else None
+            self.model = DistributedDataParallel(compiled, device_ids=on, gradient_as_bucket_view=True)
+        self.hellaswag = _hellaswag_examples(config.evaluation) if train.hellaswag_freq else None
+        self.step = 0
+        self.train_seconds = 0.0
+        self.train_loss: float | None = None
+        self.val_loss: float | None = None
+        self.best_val_loss: float | None = None
+        self.skipped_in_a_row = torch.zeros((), device=ranks.device)
+
+    # --- the story ---
+
+    def fit(self, stop_step: int, stop: StopRequest, log: MetricsLog | None, checkpoints: CheckpointFolder) -> None:
+        """Trains until `stop_step` steps are done or a signal asks to stop; both end with a checkpoint.
+
+        Only rank 0 has a log. Raises FloatingPointError when update after update is not finite.
+        """
+        train = self.config.train
+        if self.step == 0:
+            self.validate(log)
+        saved_at, since, logged_at = self.step, time.perf_counter(), self.step
+        stopped = False
+        while self.step < stop_step and not stopped:
+            result = self.train_step()
+            self.step += 1
+            at_end_of_epoch = self.step % self.steps_per_epoch == 0
+            stopped = self.ranks.any(stop.signal is not None)
+            last = stopped or self.step == stop_step
+            if self.is_due(train.log_freq) or at_end_of_epoch or last:
+                self.log_step(result, log, time.perf_counter() - since, self.step - logged_at)
+                since, logged_at = time.perf_counter(), self.step
+            aside = time.perf_counter()
+            best = (self.is_due(train.eval_freq) or at_end_of_epoch) and self.validate(log)
+            if self.is_due(train.hellaswag_freq):
+                self.evaluate_hellaswag(log)
+            if log and self.is_due(train.sample_freq):
+                log.sample(self.step, generate(self.raw_model)[0])
+            if log and self.is_due(train.histogram_freq):
+                log.histograms(self.step, self.raw_model)
+            if (
+                self.is_due(train.checkpoint_freq) or at_end_of_epoch or best or last
+            ) and self.save(checkpoints, log, at_end_of_epoch=at_end_of_epoch, best=best, must_succeed=last):
+                saved_at = self.step
+            since += time.perf_counter() - aside  # what is done beside training is not the training step's time
+        if log and stop.signal and stopped:
+            log.say(f"{stop.signal.name}: saved at step {saved_at}; go on with --resume latest")
+
+    def is_due(self, frequency: int) -> bool:
+        return frequency > 0 and self.step % frequency == 0
+
+    def train_step(self) -> StepResult:
+        """One optimizer update over total_batch_size tokens; ranks exchange gradients on the last micro-step only."""
+        train = self.config.train
+        lr = learning_rate(self.step, self.max_steps, train)
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.zero_grad(set_to_none=True)  # here, not after the update, so that they can be looked at between steps
+        loss = torch.zeros((), device=self.ranks.device)
+        for micro_step in range(self.accum_steps):
+            inputs, targets = self.loader.next_batch()  # each (B, T)
+            with self._no_sync() if micro_step < self.accum_steps - 1 else contextlib.nullcontext():
+                micro_loss = self.model(inputs, targets) / self.accum_steps
+                micro_loss.backward()
+            loss += micro_loss.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), train.grad_clip)
+        self._update(grad_norm)
+        return StepResult(loss, grad_norm, lr)
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else contextlib.nullcontext()
+
+    def _update(self, grad_norm: Tensor) -> None:
+        """Applies the gradients, unless one is not finite: then the fused kernel leaves weights and moments alone.
+
+        The decision is taken on the device (`found_inf` is the hook that GradScaler uses), so the host need not wait.
+        """
+        is_bad = (~grad_norm.isfinite()).float()
+        self.optimizer.found_inf = is_bad  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * is_bad
+
+    # --- measuring ---
+
+    def log_step(self, result: StepResult, log: MetricsLog | None, seconds: float, steps: int) -> None:
+        """Reads the step's numbers off the device and logs them; `steps` steps took `seconds`."""
+        loss = self.ranks.sum(result.loss.clone()).item() / self.ranks.world_size
+        skipped = int(self.skipped_in_a_row.item())
+        self.train_seconds += seconds
+        self.train_loss = loss
+        if log:
+            values = {
+                "loss": loss,
+                "lr": result.lr,
+                "grad_norm": result.grad_norm.item(),
+                "tokens_per_sec": steps * self.config.train.total_batch_size / seconds,
+                "step_ms": 1000 * seconds / steps,
+            }
+            if self.ranks.device.type == "cuda":
+                values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            log.numbers(self.step, **values)
+            if skipped:
+                log.say(f"step={self.step} WARNING: gradients are not finite, {skipped} update(s) in a row left out")
+        if skipped >= MAX_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"step {self.step}: {skipped} updates in a row had gradients that are not finite, and none was applied; "
+                f"the last checkpoint is good: resume it with a lower --max_lr"
+            )
+
+    def validate(self, log: MetricsLog | None) -> bool:
+        """Measures the validation loss; True when it is the run's best so far."""
+        self.val_loss = validation_loss(
+            lambda inputs, targets: self.forward(inputs, targets, reduction="none"),
+            self.val_sequences,
+            self.config.evaluation.val_tokens,
+            self.config.train.mini_batch_size,
+            self.ranks,
+        )
+        if log:
+            log.numbers(self.step, val_loss=self.val_loss)
+        is_best = self.step > 0 and (self.best_val_loss is None or self.val_loss < self.best_val_loss)
+        if is_best:
+            self.best_val_loss = self.val_loss
+        return is_best
+
+    def evaluate_hellaswag(self, log: MetricsLog | None) -> None:
+        if not self.hellaswag:
+            return
+        result = evaluate_hellaswag(self.raw_model, self.hellaswag, self.ranks)
+        if log:
+            log.numbers(self.step, acc=result.acc, acc_norm=result.acc_norm, examples=result.examples)
+
+    # --- state ---
+
+    def save(
+        self,
+        checkpoints: CheckpointFolder,
+        log: MetricsLog | None,
+        *,
+        at_end_of_epoch: bool = False,
+        best: bool = False,
+        must_succeed: bool = False,
+    ) -> bool:
+        """Writes a checkpoint from rank 0; True when it is on disk. A write that fails is a warning, or an error when
+        it must succeed."""
+        rng_states = self.ranks.gather(rng_state(self.ranks.device))
+        error: OSError | None = None
+        if self.ranks.is_main:
+            names = [epoch_name(self.step // self.steps_per_epoch)] if at_end_of_epoch else []
+            names += [BEST] if best else []
+            started = time.perf_counter()
+            try:
+                state = self.state_dict() | {"rng": rng_states}
+                saved = save(checkpoints, state, names=names, keep=self.config.train.keep_checkpoints)
+            except OSError as failure:
+                error = failure
+            if log:
+                log.say(
+                    f"step={self.step} WARNING: checkpoint not written ({error}); going on, the older ones are intact"
+                    if error
+                    else f"step={self.step} saved {saved.path.name} as latest.pt{''.join(f', {n}.pt' for n in names)} "
+                    f"({saved.sidecar.bytes / 1e6:.0f} MB in {time.perf_counter() - started:.1f} s)"
+                )
+        if self.ranks.any(error is not None):
+            if must_succeed:
+                raise ValueError(f"{checkpoints.path}: the checkpoint of step {self.step} could not be written ({error})")
+            return False
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the run depends on but the random number generators, which each rank has of its own."""
+        return {
+            "format": FORMAT,
+            "step": self.step,
+            "epoch": self.step // self.steps_per_epoch,
+            "steps_per_epoch": self.steps_per_epoch,
+            "tokens_seen": self.step * self.config.train.total_batch_size,
+            "train_seconds": self.train_seconds,
+            "train_loss": self.train_loss,
+            "val_loss": self.val_loss,
+            "best_val_loss": self.best_val_loss,
+            "config": self.config.model_dump(mode="json"),
+            "model": self.raw_model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "data": self.loader.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], where: object) -> None:
+        """Goes on from a saved state. Raises ValueError, saying what differs, when it is of another model or data."""
+        check_same_model(where, state["config"]["model"], self.config.model.model_dump())
+        self.loader.load_state_dict(state["data"])
+        self.raw_model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.train_seconds = state["train_seconds"]
+        self.train_loss, self.val_loss = state["train_loss"], state["val_loss"]
+        self.best_val_loss = state["best_val_loss"]
+        if self.ranks.rank < len(state["rng"]):  # a rank that was not there before keeps the seeds it started with
+            set_rng_state(state["rng"][self.ranks.rank], self.ranks.device)
+
+
+def steps_per_epoch(config: RunConfig, sequences: Sequences) -> int:
+    """Steps in an epoch. Raises ValueError when the data does not fill one step."""
+    if config.train.steps_per_epoch != "auto":
+        return config.train.steps_per_epoch
+    steps = len(sequences) // config.sequences_per_step()
+    if steps == 0:
+        raise ValueError(
+            f"{config.data.data_dir} has {len(sequences)} sequences of {config.model.context_length} tokens to train on, "
+            f"fewer than the {config.sequences_per_step()} of one step: lower --total_batch_size"
+        )
+    return steps
+
+
+def _hellaswag_examples(evaluation: EvalConfig) -> list[Example] | None:
+    """The examples; None, with a loud word, when the default source cannot be reached."""
+    try:
+        return load_hellaswag(evaluation.hellaswag)
+    except ValueError as error:
+        if evaluation.hellaswag != EvalConfig().hellaswag:
+            raise
+        print(f"WARNING: training goes on without HellaSwag: {error}", flush=True)
+        return None
+
+
+def seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002: the global generator is part of what a checkpoint promises to keep
+    random.seed(seed)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """State of every generator in this process, in types that torch.load(weights_only=True) reads."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": (name, torch.from_numpy(np.asarray(keys).copy()), position, has_gauss, cached),
+        "python": random.getstate(),
+    }
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy(), position, has_gauss, cached))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
