@@ -1,16 +1,15 @@
 """The whole pipeline: dataset, then epoch by epoch training, evaluation and promotion, then a report.
 
-    python -m flows.pretrain --recipe demo                  here and now, with Prefect's embedded server
-    prefect deployment run pretrain/gpt2-124m               on a worker
+python -m flows.pretrain --recipe demo                  here and now, with Prefect's embedded server
+prefect deployment run pretrain/gpt2-124m               on a worker
 """
 
 from __future__ import annotations
 
-from prefect import flow
-
 from gpt2core.checkpoint_folder import epoch_name
 from gpt2core.config import DataConfig, EvalConfig, LaunchConfig, ModelConfig, RunConfig, TrainConfig
 from gpt2core.records import Stage
+from prefect import flow
 from tasks.evaluate_checkpoint import evaluate_checkpoint
 from tasks.prepare_dataset import prepare_dataset
 from tasks.promote_best import promote_best
@@ -18,7 +17,7 @@ from tasks.train_epoch import train_epoch
 from tasks.write_report import write_report
 
 
-@flow(name="pretrain", flow_run_name="pretrain [{run_name}]")
+@flow(name="pretrain", flow_run_name="pretrain ({run_name})")
 def pretrain(
     run_name: str = "gpt2_124m",
     artifacts_dir: str = "artifacts",

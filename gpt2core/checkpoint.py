@@ -71,6 +71,10 @@ def load(path: Path | str, sidecar: Sidecar | None = None) -> dict[str, Any]:
 
 def check_same_model(path: object, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raises ValueError, naming what differs, when a checkpoint is of another model size."""
-    different = [f"{name} {saved.get(name)} in it, {wanted[name]} asked for" for name in wanted if saved.get(name) != wanted[name]]
+    different = [
+        f"{name} {saved.get(name)} in it, {wanted[name]} asked for"
+        for name in wanted
+        if saved.get(name) != wanted[name]
+    ]
     if different:
         raise ValueError(f"{path} is of another model ({'; '.join(different)}): give the settings it was made with")

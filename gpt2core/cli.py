@@ -60,7 +60,9 @@ def evaluate(argv: list[str]) -> None:
 def promote(argv: list[str]) -> None:
     from gpt2core import promote as promotion
 
-    parser = Parser(prog="gpt2 promote", description="Promote the run's best measured model, if it beats what is there.")
+    parser = Parser(
+        prog="gpt2 promote", description="Promote the run's best measured model, if it beats what is there."
+    )
     promotion.add_arguments(parser)
     arguments = parser.parse_args(argv)
     print(promotion.describe(promotion.promote(arguments.artifacts_dir, arguments.run_name)))
@@ -116,7 +118,9 @@ def checkpoints(argv: list[str]) -> None:
     parser = Parser(prog="gpt2 checkpoints", description="List a run's checkpoints, or remove old rolling ones.")
     parser.add_argument("action", nargs="?", choices=["list", "prune"], default="list", help="what to do")
     _add_run(parser)
-    parser.add_argument("--keep", type=int, default=RunConfig().train.keep_checkpoints, help="rolling ones that prune leaves")
+    parser.add_argument(
+        "--keep", type=int, default=RunConfig().train.keep_checkpoints, help="rolling ones that prune leaves"
+    )
     arguments = parser.parse_args(argv)
     folder = RunFolder(arguments.artifacts_dir, arguments.run_name).checkpoints
     if arguments.action == "prune":
@@ -158,7 +162,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("--checkpoint", default=default, metavar="latest|best|epoch_00003|PATH|URL", help="which weights")
+    parser.add_argument(
+        "--checkpoint", default=default, metavar="latest|best|epoch_00003|PATH|URL", help="which weights"
+    )
     _add_run(parser)
 
 

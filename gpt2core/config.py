@@ -126,14 +126,18 @@ class TrainConfig(Settings):
         description="Order of the training data in an epoch: a permutation of all sequences, of the shards, or none.",
     )
     eval_freq: Frequency = Field(250, description="Steps between validations; 0 for the end of an epoch only.")
-    hellaswag_freq: Frequency = Field(250, description="Steps between HellaSwag evaluations while training; 0 for never.")
+    hellaswag_freq: Frequency = Field(
+        250, description="Steps between HellaSwag evaluations while training; 0 for never."
+    )
     sample_freq: Frequency = Field(250, description="Steps between generated text samples; 0 for never.")
     histogram_freq: Frequency = Field(1000, description="Steps between parameter and gradient histograms; 0 for never.")
     log_freq: Positive = Field(1, description="Steps between lines in log.txt and metrics.jsonl.")
     checkpoint_freq: Frequency = Field(250, description="Steps between checkpoints; 0 for the end of an epoch only.")
     keep_checkpoints: Positive = Field(10, description="Rolling checkpoints kept; older ones are removed.")
     use_tensorboard: bool = Field(True, description="Write TensorBoard event files.")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Device; auto takes a GPU if there is one.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="Device; auto takes a GPU if there is one."
+    )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="Arithmetic of the activations; auto is bf16 on GPUs that have it, else fp32."
     )

@@ -94,7 +94,7 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and device.type == "cuda" and not has_bf16:
         raise ValueError(f"precision bf16: {torch.cuda.get_device_name(device)} does not have it; use --precision fp32")
-    return torch.bfloat16 if has_bf16 and precision == "auto" or precision == "bf16" else torch.float32
+    return torch.bfloat16 if (has_bf16 and precision == "auto") or precision == "bf16" else torch.float32
 
 
 def use_compile(train: TrainConfig, device: torch.device) -> bool:

@@ -26,7 +26,9 @@ from gpt2core.shards import open_shards
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = RunConfig()
-    parser.add_argument("--checkpoint", default="latest", metavar="latest|best|epoch_00003|PATH|URL", help="what to measure")
+    parser.add_argument(
+        "--checkpoint", default="latest", metavar="latest|best|epoch_00003|PATH|URL", help="what to measure"
+    )
     parser.add_argument("--run_name", default=defaults.run_name, help="run whose checkpoint it is")
     parser.add_argument("--artifacts_dir", default=defaults.artifacts_dir, help="folder of the runs")
     parser.add_argument("--data_dir", help="shards to measure on, if not those it was trained on")
@@ -95,7 +97,12 @@ def _stored(path: Path) -> Evaluation | None:
 
 def _same(stored: Evaluation, checkpoint: NamedCheckpoint, wanted: EvalConfig, val: Sequences) -> bool:
     """Whether the stored result is of these weights, on this data."""
-    measured_on = (stored.sha256, stored.val_tokens, stored.val_fingerprint, stored.hellaswag and stored.hellaswag.source)
+    measured_on = (
+        stored.sha256,
+        stored.val_tokens,
+        stored.val_fingerprint,
+        stored.hellaswag and stored.hellaswag.source,
+    )
     return measured_on == (checkpoint.sha256, wanted.val_tokens, val.fingerprint, wanted.hellaswag)
 
 
@@ -123,14 +130,20 @@ def _log(folder: RunFolder, config: RunConfig, result: Evaluation) -> None:
     log = MetricsLog(folder, resume_at=None, use_tensorboard=config.train.use_tensorboard)
     values = {"val_loss": result.val_loss}
     if result.hellaswag:
-        values |= {"acc": result.hellaswag.acc, "acc_norm": result.hellaswag.acc_norm, "examples": result.hellaswag.examples}
+        values |= {
+            "acc": result.hellaswag.acc,
+            "acc_norm": result.hellaswag.acc_norm,
+            "examples": result.hellaswag.examples,
+        }
     log.numbers(result.step, **values)
     log.close()
 
 
 def describe(result: Evaluation) -> str:
     """The result in a line."""
-    line = f"{result.checkpoint} (step {result.step}): val_loss {result.val_loss:.4f}, perplexity {result.perplexity:.2f}"
+    line = (
+        f"{result.checkpoint} (step {result.step}): val_loss {result.val_loss:.4f}, perplexity {result.perplexity:.2f}"
+    )
     if score := result.hellaswag:
         line += (
             f", HellaSwag ({score.convention}, {score.examples} examples) acc {score.acc:.4f} ± {score.acc_stderr:.4f}, "

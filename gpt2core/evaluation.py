@@ -24,7 +24,9 @@ def validation_loss(losses: TokenLosses, sequences: Sequences, val_tokens: int, 
     """
     count = min(val_tokens // sequences.context_length, len(sequences))
     if count == 0:
-        raise ValueError(f"val_tokens {val_tokens} is less than one sequence of context_length {sequences.context_length}")
+        raise ValueError(
+            f"val_tokens {val_tokens} is less than one sequence of context_length {sequences.context_length}"
+        )
     means = torch.zeros(count, dtype=torch.float64)
     starts = range(0, count, batch_size)
     for start in starts[ranks.rank :: ranks.world_size]:

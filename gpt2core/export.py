@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -63,5 +64,3 @@ def export_huggingface(state_dict: dict[str, Tensor], model: ModelConfig, folder
             "unk_token": "<|endoftext|>",
         },
     )
-
-

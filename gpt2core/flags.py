@@ -18,8 +18,8 @@ from gpt2core.config import MODEL_SIZES, RECIPES, LaunchConfig, RunConfig, Setti
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes no abbreviations and names the flag that a misspelt one resembles."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, prog: str, description: str = "") -> None:
+        super().__init__(prog, description=description, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):

@@ -31,7 +31,9 @@ def generate(
     ids = encoding().encode_ordinary(prompt) or [EOT]
     room = model.config.context_length - len(ids)
     if room < 1:
-        raise ValueError(f"the prompt has {len(ids)} tokens and the model's context_length is {model.config.context_length}")
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens and the model's context_length is {model.config.context_length}"
+        )
     rng = torch.Generator(device).manual_seed(seed)
     tokens = torch.tensor([ids] * samples, device=device)  # (samples, T)
     done = torch.zeros(samples, dtype=torch.bool, device=device)

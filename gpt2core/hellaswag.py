@@ -88,7 +88,9 @@ def _jsonl_rows(source: str) -> Iterator[Any]:
                 except json.JSONDecodeError as error:
                     raise ValueError(f"HellaSwag {source}, example {number}: not JSON ({error})") from None
     except (OSError, ImportError) as error:
-        raise ValueError(f"HellaSwag {source}: cannot be read ({error}); give the path or URL of a jsonl file") from None
+        raise ValueError(
+            f"HellaSwag {source}: cannot be read ({error}); give the path or URL of a jsonl file"
+        ) from None
 
 
 def _hub_rows(source: str) -> Iterable[Any]:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Literal
 
 STARTED_BY = "GPT2_STARTED_BY"  # process id of the launcher, for die_with_parent
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 GRACE_S = 30.0  # time to save a checkpoint after SIGTERM, before SIGKILL; torchrun gives its ranks as much
 
 # glibc gives big blocks back to the kernel and faults them in anew each time; the logits of every micro-step are such
@@ -109,7 +110,6 @@ def die_with_parent() -> None:
     started_by, by_torchrun = os.environ.pop(STARTED_BY, None), "TORCHELASTIC_RUN_ID" in os.environ
     if sys.platform != "linux" or not (started_by or by_torchrun):
         return
-    PR_SET_PDEATHSIG = 1  # noqa: N806: the name in prctl(2)
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if started_by and not by_torchrun and os.getppid() != int(started_by):  # it died before we asked
         sys.exit(128 + signal.SIGTERM)

@@ -53,7 +53,16 @@ def print_checkpoints(path: Path) -> None:
     """All committed checkpoints of a folder, newest first, with what they take on disk together."""
     folder = CheckpointFolder(path)
     rows = [
-        (c.name, s.step, s.epoch, number(s.train_loss), number(s.val_loss), size(s.bytes), age(s.saved_at), s.sha256[:12])
+        (
+            c.name,
+            s.step,
+            s.epoch,
+            number(s.train_loss),
+            number(s.val_loss),
+            size(s.bytes),
+            age(s.saved_at),
+            s.sha256[:12],
+        )
         for c in folder.all()
         for s in [c.sidecar]
     ]
@@ -73,7 +82,9 @@ def print_status(artifacts: Path) -> None:
     columns = ("run", "step", "of", "train loss", "val loss", "acc_norm", "tokens/s", "to go", "saved", "age", "disk")
     show(table(f"runs in {artifacts}", columns, rows))
     best = current_best(artifacts)
-    print(f"promoted: {best.run_name} step {best.step}, val_loss {best.val_loss:.4f}" if best else "promoted: nothing yet")
+    print(
+        f"promoted: {best.run_name} step {best.step}, val_loss {best.val_loss:.4f}" if best else "promoted: nothing yet"
+    )
 
 
 def _status_row(config_file: Path) -> tuple[Any, ...]:

@@ -132,7 +132,11 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a saved position, on any number of ranks. Raises ValueError when the data is not the same."""
         mine = self.state_dict()
-        changed = [f"{name}: {state[name]} -> {mine[name]}" for name in mine if name != "consumed" and state[name] != mine[name]]
+        changed = [
+            f"{name}: {state[name]} -> {mine[name]}"
+            for name in mine
+            if name != "consumed" and state[name] != mine[name]
+        ]
         if changed:
             raise ValueError(
                 f"the checkpoint was trained on another data order ({'; '.join(changed)}): "

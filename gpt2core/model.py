@@ -120,7 +120,7 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor) -> Tensor:
         """What the head reads: the last block's output after the final LayerNorm, (B, T, C)."""
         T = tokens.shape[1]  # noqa: N806
-        if T > self.config.context_length:
+        if self.config.context_length < T:
             raise ValueError(f"{T} tokens are more than the model's context_length {self.config.context_length}")
         position = torch.arange(T, device=tokens.device)
         x = self.transformer.wte(tokens) + self.transformer.wpe(position)  # (B, T, C)

@@ -24,7 +24,16 @@ from gpt2core.config import DataConfig
 from gpt2core.flags import Parser, add_settings, main_guard
 from gpt2core.launch import die_with_parent
 from gpt2core.run_folder import publish, write_json, write_text
-from gpt2core.shards import MANIFEST, SHARD_NAME, Manifest, ShardRecord, SourceRecord, file_sha256, read_manifest, shard_name
+from gpt2core.shards import (
+    MANIFEST,
+    SHARD_NAME,
+    Manifest,
+    ShardRecord,
+    SourceRecord,
+    file_sha256,
+    read_manifest,
+    shard_name,
+)
 from gpt2core.tokenizer import EOT, VOCAB_BPE_SHA256, encoding
 
 # What `datasets` calls the reader of a file with this ending.
@@ -63,7 +72,9 @@ def _tokenize_all(data: DataConfig, sources: list[str]) -> Iterator[SourceRecord
     # spawn, not fork: the caller may hold threads (Prefect's, fsspec's) that a fork would freeze
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         try:
-            yield from (done.result() for done in as_completed([pool.submit(tokenize_source, data, s) for s in sources]))
+            yield from (
+                done.result() for done in as_completed([pool.submit(tokenize_source, data, s) for s in sources])
+            )
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -88,7 +99,9 @@ def list_sources(data: DataConfig) -> list[str]:
 
 def _is_hub_dataset(source: str) -> bool:
     """Whether this is `owner/name`, and not a path: it has no file ending, no glob, and nothing of that name is here."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source)) and _ending(source) not in READERS and not Path(source).exists()
+    return (
+        bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source)) and _ending(source) not in READERS and not Path(source).exists()
+    )
 
 
 def _hub_files(data: DataConfig) -> list[str]:
@@ -116,14 +129,16 @@ def _matching_files(source: str) -> list[str]:
     try:
         filesystem, path = fsspec.url_to_fs(pattern)
         found = sorted(filesystem.glob(path)) if any(sign in path for sign in "*?[") else [path]
-        files = [name for name in found if filesystem.isfile(name) and _ending(name) in READERS or name == pattern]
+        files = [name for name in found if (filesystem.isfile(name) and _ending(name) in READERS) or name == pattern]
         sizes = [filesystem.size(name) for name in files]
     except FileNotFoundError:
         files, sizes = [], []
     except (ImportError, ValueError, OSError) as error:
         raise ValueError(f"source {source}: {_first_line(error)}") from None
     if not files:
-        raise ValueError(f"source {source}: there is no such file, nor a match for it; give a path, a glob or an fsspec URL")
+        raise ValueError(
+            f"source {source}: there is no such file, nor a match for it; give a path, a glob or an fsspec URL"
+        )
     if empty := [name for name, size in zip(files, sizes, strict=True) if size == 0]:
         raise ValueError(f"source {empty[0]} is empty: there is no text in it")
     return [filesystem.unstrip_protocol(name) if "://" in source else name for name in files]
@@ -181,7 +196,9 @@ def begin(data: DataConfig, sources: list[str]) -> Manifest | None:
         made_of = _identity_of(manifest)
         if made_of == wanted:
             return manifest
-        raise ValueError(f"{folder} holds another dataset ({_difference(made_of, wanted)}): give another --data_dir or remove it")
+        raise ValueError(
+            f"{folder} holds another dataset ({_difference(made_of, wanted)}): give another --data_dir or remove it"
+        )
     plan = folder / PARTS / "plan.json"
     if plan.exists():
         begun = json.loads(plan.read_text(encoding="utf-8"))
@@ -218,7 +235,9 @@ def _identity_of(manifest: Manifest) -> dict[str, Any]:
 
 
 def _difference(there: dict[str, Any], wanted: dict[str, Any]) -> str:
-    return "; ".join(f"{name}: {there.get(name)} there, {wanted[name]} wanted" for name in wanted if there.get(name) != wanted[name])
+    return "; ".join(
+        f"{name}: {there.get(name)} there, {wanted[name]} wanted" for name in wanted if there.get(name) != wanted[name]
+    )
 
 
 def _part_files(data: DataConfig, index: int) -> tuple[Path, Path]:
@@ -263,7 +282,10 @@ def assemble(data: DataConfig, sources: list[str], progress: Progress = print) -
     Raises ValueError when the text gives no train shard beside the validation shard.
     """
     folder = Path(data.data_dir)
-    records = [SourceRecord.model_validate_json(_part_files(data, i)[1].read_text(encoding="utf-8")) for i in range(len(sources))]
+    records = [
+        SourceRecord.model_validate_json(_part_files(data, i)[1].read_text(encoding="utf-8"))
+        for i in range(len(sources))
+    ]
     total = sum(record.tokens for record in records)
     if total <= data.shard_size + 1:
         raise ValueError(
@@ -306,7 +328,9 @@ def _cut(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
 def _require_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
-        raise ValueError(f"{folder} has {free / 1e9:.1f} GB free and the shards need {needed_bytes / 1e9:.1f} GB: free some space")
+        raise ValueError(
+            f"{folder} has {free / 1e9:.1f} GB free and the shards need {needed_bytes / 1e9:.1f} GB: free some space"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:

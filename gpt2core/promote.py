@@ -1,7 +1,7 @@
 """Makes the best measured model of a run the one in artifacts/best/, if it beats what is there.
 
-    artifacts/best -> promoted/0002_demo_step_000080     switched by renaming a link: readers see the old or the new
-    artifacts/promoted/history.jsonl                     every decision, one JSON object a line
+artifacts/best -> promoted/0002_demo_step_000080     switched by renaming a link: readers see the old or the new
+artifacts/promoted/history.jsonl                     every decision, one JSON object a line
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def best_candidate(folder: RunFolder) -> tuple[Checkpoint, Evaluation]:
         try:
             evaluation = Evaluation.model_validate_json(path.read_text(encoding="utf-8"))
         except ValidationError as error:
-            raise ValueError(f"{path} is no evaluation ({error.errors()[0]['msg']}): remove it and evaluate again") from None
+            raise ValueError(
+                f"{path} is no evaluation ({error.errors()[0]['msg']}): remove it and evaluate again"
+            ) from None
         if evaluation.sha256 in by_content and evaluation.val_loss == evaluation.val_loss:
             candidates.append((by_content[evaluation.sha256], evaluation))
     if not candidates:

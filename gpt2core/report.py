@@ -12,7 +12,9 @@ from gpt2core.run_folder import RunFolder, publish
 
 def evaluations(folder: RunFolder) -> dict[int, Evaluation]:
     """All measurements of the run by step."""
-    found = [Evaluation.model_validate_json(path.read_text("utf-8")) for path in sorted(folder.evaluations.glob("*.json"))]
+    found = [
+        Evaluation.model_validate_json(path.read_text("utf-8")) for path in sorted(folder.evaluations.glob("*.json"))
+    ]
     return {evaluation.step: evaluation for evaluation in found}
 
 

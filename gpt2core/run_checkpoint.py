@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gpt2core.checkpoint import load
 from gpt2core.checkpoint_folder import BEST, CheckpointFolder
 from gpt2core.config import ModelConfig, RunConfig
@@ -48,6 +46,6 @@ def load_named(name: str, folder: RunFolder) -> NamedCheckpoint:
     if "://" in name or Path(name).is_file():
         return NamedCheckpoint(name, load(name), None)
     there = ", ".join(checkpoint.name for checkpoint in checkpoints.all()) or "none"
-    raise ValueError(f"checkpoint {name}: there is no such file, nor one of that name in {folder.checkpoints} (there are: {there})")
-
-
+    raise ValueError(
+        f"checkpoint {name}: there is no such file, nor one of that name in {folder.checkpoints} (there are: {there})"
+    )

@@ -1,6 +1,6 @@
 """Trains one run: `python -m gpt2core.train ...`, or the same under torchrun for several GPUs.
 
-    torchrun --standalone --nproc_per_node=4 -m gpt2core.train --run_name NAME --resume latest
+torchrun --standalone --nproc_per_node=4 -m gpt2core.train --run_name NAME --resume latest
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from gpt2core.trainer import Trainer
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `python -m gpt2core.train` and of `gpt2 train`."""
     parser.add_argument(
-        "--resume", metavar="latest|NAME|PATH", help="checkpoint to go on from; 'latest' starts afresh where there is none"
+        "--resume",
+        metavar="latest|NAME|PATH",
+        help="checkpoint to go on from; 'latest' starts afresh where there is none",
     )
     parser.add_argument("--force", action="store_true", help="resume although settings that shape the run have changed")
     parser.add_argument("--stop_epoch", type=int, metavar="N", help="stop at the end of epoch N, counted from 1")
@@ -101,7 +103,9 @@ def restore(trainer: Trainer, checkpoints: CheckpointFolder, resume: str | None)
         named = checkpoints.find(resume)
         path = named.path if named else Path(resume)
         if not path.is_file():
-            raise ValueError(f"--resume {resume}: there is no such file, nor a checkpoint of that name in {checkpoints.path}")
+            raise ValueError(
+                f"--resume {resume}: there is no such file, nor a checkpoint of that name in {checkpoints.path}"
+            )
         state, where = load(path, named.sidecar if named else None), path
     if state is None:
         return f"starting afresh, {trainer.max_steps} steps to do"

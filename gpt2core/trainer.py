@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2core.checkpoint import check_same_model, save
@@ -25,7 +25,6 @@ from gpt2core.loader import Loader, Sequences
 from gpt2core.metrics import MetricsLog
 from gpt2core.model import GPT
 from gpt2core.optim import build_optimizer, learning_rate, set_learning_rate
-from gpt2core.run_folder import RunFolder
 from gpt2core.shards import open_shards
 
 MAX_SKIPPED_IN_A_ROW = 10  # updates with a non-finite gradient before the run gives up
@@ -67,9 +66,11 @@ class Trainer:
         self.raw_model.init_weights(torch.Generator().manual_seed(train.seed))
         self.raw_model.to(ranks.device)
         self.optimizer = build_optimizer(self.raw_model, train)
-        compiled = torch.compile(self.raw_model, dynamic=False) if use_compile(train, ranks.device) else self.raw_model
-        self.forward = compiled
-        self.model: torch.nn.Module = compiled
+        compiled: nn.Module = self.raw_model
+        if use_compile(train, ranks.device):
+            compiled = torch.compile(self.raw_model, dynamic=False)  # type: ignore[assignment]
+        self.forward = compiled  # without DDP around it, for evaluation
+        self.model: nn.Module = compiled
         if ranks.world_size > 1:
             on = [ranks.device] if ranks.device.type == "cuda" else None
             self.model = DistributedDataParallel(compiled, device_ids=on, gradient_as_bucket_view=True)
@@ -110,9 +111,9 @@ class Trainer:
                 log.sample(self.step, generate(self.raw_model)[0])
             if log and self.is_due(train.histogram_freq):
                 log.histograms(self.step, self.raw_model)
-            if (
-                self.is_due(train.checkpoint_freq) or at_end_of_epoch or best or last
-            ) and self.save(checkpoints, log, at_end_of_epoch=at_end_of_epoch, best=best, must_succeed=last):
+            if (self.is_due(train.checkpoint_freq) or at_end_of_epoch or best or last) and self.save(
+                checkpoints, log, at_end_of_epoch=at_end_of_epoch, best=best, must_succeed=last
+            ):
                 saved_at = self.step
             since += time.perf_counter() - aside  # what is done beside training is not the training step's time
         if log and stop.signal and stopped:
@@ -126,7 +127,9 @@ class Trainer:
         train = self.config.train
         lr = learning_rate(self.step, self.max_steps, train)
         set_learning_rate(self.optimizer, lr)
-        self.optimizer.zero_grad(set_to_none=True)  # here, not after the update, so that they can be looked at between steps
+        self.optimizer.zero_grad(
+            set_to_none=True
+        )  # here, not after the update, so that they can be looked at between steps
         loss = torch.zeros((), device=self.ranks.device)
         for micro_step in range(self.accum_steps):
             inputs, targets = self.loader.next_batch()  # each (B, T)
@@ -235,7 +238,9 @@ class Trainer:
                 )
         if self.ranks.any(error is not None):
             if must_succeed:
-                raise ValueError(f"{checkpoints.path}: the checkpoint of step {self.step} could not be written ({error})")
+                raise ValueError(
+                    f"{checkpoints.path}: the checkpoint of step {self.step} could not be written ({error})"
+                )
             return False
         return True
 
@@ -297,7 +302,7 @@ def _hellaswag_examples(evaluation: EvalConfig) -> list[Example] | None:
 
 def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002: the global generator is part of what a checkpoint promises to keep
+    np.random.seed(seed)  # the global generator is part of what a checkpoint promises to keep
     random.seed(seed)
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from gpt2core.checkpoint_folder import BEST, CheckpointFolder
 from gpt2core.records import Stage
 from gpt2core.report import evaluations
 from gpt2core.run_folder import RunFolder
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
 from tasks.stage_process import StageError, run_stage
 
 
 @task(
     name="evaluate-checkpoint",
-    task_run_name="evaluate-{checkpoint} [{run_name}]",
+    task_run_name="evaluate-{checkpoint} ({run_name})",
     retries=2,
     retry_delay_seconds=10,
     cache_policy=NO_CACHE,
@@ -32,7 +32,16 @@ def evaluate_checkpoint(
     """Measures a checkpoint of the run by name (latest, best, epoch_00003); a stored result is used unless `force`."""
     started = time.perf_counter()
     folder = RunFolder(artifacts_dir, run_name)
-    arguments = ["--artifacts_dir", artifacts_dir, "--run_name", run_name, "--checkpoint", checkpoint, "--device", device]
+    arguments = [
+        "--artifacts_dir",
+        artifacts_dir,
+        "--run_name",
+        run_name,
+        "--checkpoint",
+        checkpoint,
+        "--device",
+        device,
+    ]
     arguments += ["--hellaswag", hellaswag] if hellaswag else []
     arguments += ["--force"] if force else []
     found = CheckpointFolder(folder.checkpoints).find(BEST if checkpoint == "best" else checkpoint)

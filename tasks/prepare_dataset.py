@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from gpt2core.config import DataConfig
 from gpt2core.flags import as_flags
 from gpt2core.prepare import describe
 from gpt2core.records import Stage
 from gpt2core.shards import read_manifest
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
 from tasks.stage_process import StageError, run_stage
 
 
-@task(name="prepare-dataset", task_run_name="prepare-dataset [{data.data_dir}]", cache_policy=NO_CACHE)
+@task(name="prepare-dataset", task_run_name="prepare-dataset ({data.data_dir})", cache_policy=NO_CACHE)
 def prepare_dataset(data: DataConfig) -> Stage:
     """Makes the shards and their manifest in data.data_dir; what is there already is not made again."""
     started = time.perf_counter()

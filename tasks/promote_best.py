@@ -5,15 +5,21 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from gpt2core.records import Promotion, Stage
+from gpt2core.run_folder import read_json_lines
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from gpt2core.records import Promotion, Stage
-from gpt2core.run_folder import read_json_lines
 from tasks.stage_process import run_stage
 
 
-@task(name="promote-best", task_run_name="promote-best [{run_name}]", retries=2, retry_delay_seconds=10, cache_policy=NO_CACHE)
+@task(
+    name="promote-best",
+    task_run_name="promote-best ({run_name})",
+    retries=2,
+    retry_delay_seconds=10,
+    cache_policy=NO_CACHE,
+)
 def promote_best(artifacts_dir: str, run_name: str) -> Stage:
     """Promotes the run's candidate of lowest validation loss, or keeps what is best."""
     started = time.perf_counter()

@@ -5,10 +5,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-from prefect.tasks import exponential_backoff
-
 from gpt2core import launch
 from gpt2core.checkpoint_folder import Checkpoint, CheckpointFolder, epoch_name
 from gpt2core.config import LaunchConfig, RunConfig
@@ -16,6 +12,10 @@ from gpt2core.preflight import preflight
 from gpt2core.records import Stage
 from gpt2core.report import epoch_rows
 from gpt2core.run_folder import RunFolder
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.tasks import exponential_backoff
+
 from tasks.stage_process import StageError, run_stage
 
 
@@ -27,7 +27,7 @@ def worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
 
 @task(
     name="train-epoch",
-    task_run_name="train-epoch-{epoch:05d} [{config.run_name}]",
+    task_run_name="train-epoch-{epoch:05d} ({config.run_name})",
     retries=5,
     retry_delay_seconds=exponential_backoff(backoff_factor=5),
     retry_jitter_factor=0.5,

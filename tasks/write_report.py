@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import base64
 
+from gpt2core.records import Stage
+from gpt2core.report import draw_losses
+from gpt2core.run_folder import RunFolder, write_text
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from gpt2core.records import Stage
-from gpt2core.report import draw_losses
-from gpt2core.run_folder import RunFolder, write_text
 
-
-@task(name="write-report", task_run_name="write-report [{run_name}]", retries=2, retry_delay_seconds=10, cache_policy=NO_CACHE)
+@task(
+    name="write-report",
+    task_run_name="write-report ({run_name})",
+    retries=2,
+    retry_delay_seconds=10,
+    cache_policy=NO_CACHE,
+)
 def write_report(artifacts_dir: str, run_name: str, stages: list[Stage]) -> str:
     """Writes reports/loss.png and reports/stages.json in the run's folder; returns the picture's path."""
     folder = RunFolder(artifacts_dir, run_name)

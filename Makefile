@@ -1,0 +1,39 @@
+# make demo    the whole pipeline on the bundled sample          make check   lint, types, fast tests
+# make test    all tests                                         make setup   .venv alone
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := $(BIN)/python -m flows.pretrain --recipe demo --nproc_per_node 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-clean check format test
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(DEMO)
+
+demo-clean:
+	rm -rf data/demo artifacts/demo
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m 'not slow'
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: setup
+	$(BIN)/python -m pytest

@@ -1,0 +1,306 @@
+"""A tiny dataset and tiny runs, made once a session by real processes and shared by the tests that look at them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHAKESPEARE = REPOSITORY / "data" / "sample" / "tinyshakespeare.txt"
+HELLASWAG = REPOSITORY / "data" / "sample" / "hellaswag_sample.jsonl"
+
+DEADLINE_S = 120.0  # for any one event or process; only a hang comes near it
+STEPS_PER_EPOCH, MAX_STEPS = 12, 24
+SETTINGS: dict[str, Any] = {
+    "context_length": 32,
+    "num_layers": 2,
+    "embd_size": 32,
+    "num_heads": 2,
+    "total_batch_size": 512,
+    "mini_batch_size": 4,
+    "num_epochs": 2,
+    "steps_per_epoch": STEPS_PER_EPOCH,
+    "warmup_steps": 2,
+    "eval_freq": 3,
+    "checkpoint_freq": 2,
+    "keep_checkpoints": 3,
+    "hellaswag_freq": 0,
+    "sample_freq": 0,
+    "histogram_freq": 0,
+    "val_tokens": 1024,
+    "device": "cpu",
+}
+
+
+def wait_until(happened: Callable[[], Any], what: str) -> Any:
+    """The first true value of `happened`; fails the test when the deadline passes."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not (value := happened()):
+        assert time.monotonic() < deadline, f"waited {DEADLINE_S:.0f} s for {what}"
+        time.sleep(0.01)
+    return value
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs; one that ended and was not reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids of all children, their children and so on."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found, todo = [], [pid]
+    while todo:
+        parent = todo.pop()
+        children = [child for child, its in parents.items() if its == parent]
+        found += children
+        todo += children
+    return found
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl."""
+    file = run / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def logged(run: Path, name: str) -> dict[int, float]:
+    """Step -> value of one number; fails when a step has it twice."""
+    pairs = [(line["step"], line[name]) for line in metrics(run) if name in line]
+    assert len(dict(pairs)) == len(pairs), f"{name} is logged twice for a step: {pairs}"
+    return dict(pairs)
+
+
+class Started:
+    """A process that a test started, and those that it started in turn."""
+
+    def __init__(self, process: subprocess.Popen[bytes], run: Path, output_file: Path) -> None:
+        self.process, self.run, self.output_file = process, run, output_file
+        self.seen: set[int] = set()
+
+    @property
+    def output(self) -> str:
+        return self.output_file.read_text(encoding="utf-8", errors="replace")
+
+    def wait_for(self, happened: Callable[[], Any], what: str) -> Any:
+        def look() -> Any:
+            value = happened()
+            assert value or self.process.poll() is None, f"it ended before {what}:\n{self.output}"
+            return value
+
+        return wait_until(look, f"{what}; so far:\n{self.output}")
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_for(
+            lambda: any(line["step"] >= step and "loss" in line for line in metrics(self.run)), f"step {step}"
+        )
+
+    def children(self) -> list[int]:
+        found = descendants(self.process.pid)
+        self.seen |= set(found)
+        return found
+
+    def rank(self, number: int) -> int:
+        """Process id of a torchrun rank."""
+        wanted = f"RANK={number}".encode()
+        return next(pid for pid in self.children() if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+
+    def kill_everything(self) -> None:
+        for pid in [self.process.pid, *self.children()]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        return self.process.wait(DEADLINE_S)
+
+    def end(self) -> None:
+        """Leaves nothing behind."""
+        if self.process.poll() is None:
+            self.kill_everything()
+        for pid in self.seen:
+            if is_alive(pid) and b"gpt2core" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait(DEADLINE_S)
+
+
+class Lab:
+    """How the tests start things."""
+
+    hellaswag = HELLASWAG
+    steps_per_epoch, max_steps = STEPS_PER_EPOCH, MAX_STEPS
+    wait_until = staticmethod(wait_until)
+    is_alive = staticmethod(is_alive)
+    metrics = staticmethod(metrics)
+    logged = staticmethod(logged)
+
+    def __init__(self, root: Path, data_dir: Path) -> None:
+        self.root, self.data_dir = root, data_dir
+
+    def flags(self, artifacts_dir: Path, **changes: Any) -> list[str]:
+        """Flags of the tiny run, named `tiny`; `changes` to a setting, or None to leave one out."""
+        settings = {"data_dir": self.data_dir, "artifacts_dir": artifacts_dir, "run_name": "tiny"} | SETTINGS | changes
+        return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+
+    def command(self, module: str, arguments: list[str], nproc: int = 1) -> list[str]:
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m"] if nproc > 1 else []
+        return [sys.executable, "-m", *torchrun, module, *map(str, arguments)]
+
+    def environment(self) -> dict[str, str]:
+        one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+        return {name: value for name, value in os.environ.items() if name != "GPT2_STARTED_BY"} | one_thread
+
+    def run(self, module: str, arguments: list[str], nproc: int = 1) -> subprocess.CompletedProcess[str]:
+        """Runs a module of the package to its end."""
+        return subprocess.run(
+            self.command(module, arguments, nproc),
+            cwd=REPOSITORY,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+
+    def train(self, flags: list[str], nproc: int = 1) -> subprocess.CompletedProcess[str]:
+        """Trains to the end of the run or of what the flags say; fails the test when that fails."""
+        done = self.run("gpt2core.train", flags, nproc)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    @contextmanager
+    def started(
+        self, run: Path, arguments: list[str], nproc: int = 1, module: str = "gpt2core.train"
+    ) -> Iterator[Started]:
+        """Starts a module for as long as the block lasts; its output goes to a file."""
+        output_file = self.root / f"output_{time.monotonic_ns()}.txt"
+        with output_file.open("wb") as output:
+            process = subprocess.Popen(
+                self.command(module, arguments, nproc),
+                cwd=REPOSITORY,
+                env=self.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        started = Started(process, run, output_file)
+        try:
+            yield started
+        finally:
+            started.end()
+
+    def copy_run(self, run: Path, artifacts_dir: Path, name: str = "tiny") -> Path:
+        """The run under another artifacts folder; checkpoint files are linked, for nobody writes into one."""
+
+        def link_or_copy(source: str, target: str) -> None:
+            (os.link if source.endswith(".pt") else shutil.copy2)(source, target)
+
+        return Path(shutil.copytree(run, artifacts_dir / name, copy_function=link_or_copy))
+
+    def load(self, path: Path) -> dict[str, Any]:
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+    def assert_same(self, mine: Any, other: Any, where: str = "") -> None:
+        """Bit for bit the same nested state."""
+        assert type(mine) is type(other), where
+        if isinstance(mine, torch.Tensor):
+            assert mine.dtype == other.dtype and torch.equal(mine, other), where
+        elif isinstance(mine, dict):
+            assert mine.keys() == other.keys(), where
+            for key in mine:
+                self.assert_same(mine[key], other[key], f"{where}/{key}")
+        elif isinstance(mine, list | tuple):
+            assert len(mine) == len(other), where
+            for position, pair in enumerate(zip(mine, other, strict=True)):
+                self.assert_same(*pair, f"{where}/{position}")
+        else:
+            assert mine == other, where
+
+    def assert_same_run(self, run: Path, other: Path) -> None:
+        """Two finished runs ended in the same state and logged the same numbers, each step once."""
+        names = ["step", "epoch", "tokens_seen", "train_loss", "val_loss", "best_val_loss"]
+        names += ["model", "optimizer", "rng", "data"]
+        mine, others = (self.load(path / "checkpoints" / "latest.pt") for path in (run, other))
+        self.assert_same({name: mine[name] for name in names}, {name: others[name] for name in names})
+        for name in ("loss", "lr", "grad_norm", "val_loss"):
+            assert logged(run, name) == logged(other, name), name
+        assert list(logged(run, "loss")) == list(range(1, MAX_STEPS + 1))
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    root = tmp_path_factory.mktemp("lab")
+    lab = Lab(root, root / "data")
+    source = ["--source", SHAKESPEARE, "--data_dir", lab.data_dir, "--shard_size", 32_768]
+    done = lab.run("gpt2core.cli", ["prepare", *source])
+    assert done.returncode == 0, done.stderr
+    return lab
+
+
+@pytest.fixture(scope="session")
+def other_data_dir(lab: Lab) -> Path:
+    """Another dataset, as build-nanogpt leaves it: shards and no manifest."""
+    folder = lab.root / "other_data"
+    folder.mkdir()
+    tokens = np.random.default_rng(0).integers(0, 50257, size=(2, 8192)).astype(np.uint16)
+    np.save(folder / "edufineweb_val_000000.npy", tokens[0])
+    np.save(folder / "edufineweb_train_000001.npy", tokens[1])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def straight(lab: Lab) -> Path:
+    """A whole run in one process, without a stop. Look, do not touch: copy_run makes one to work on."""
+    lab.train(lab.flags(lab.root / "straight"))
+    return lab.root / "straight" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def straight_two_ranks(lab: Lab) -> Path:
+    lab.train(lab.flags(lab.root / "straight2"), nproc=2)
+    return lab.root / "straight2" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def first_epoch(lab: Lab) -> Path:
+    """The same run, stopped at the end of its first epoch."""
+    lab.train([*lab.flags(lab.root / "half"), "--stop_epoch", "1"])
+    return lab.root / "half" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def first_epoch_two_ranks(lab: Lab) -> Path:
+    lab.train([*lab.flags(lab.root / "half2"), "--stop_epoch", "1"], nproc=2)
+    return lab.root / "half2" / "tiny"
+
+
+@pytest.fixture
+def train_here() -> Iterator[Callable[[list[str]], None]]:
+    """`python -m gpt2core.train` inside this process: quicker, for tests of what it says and raises."""
+    from gpt2core.train import main
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    precision = torch.get_float32_matmul_precision()
+    yield lambda flags: main([str(flag) for flag in flags])
+    torch.set_float32_matmul_precision(precision)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,0 +1,229 @@
+"""Checkpoint files: what is written, what survives damage, and what is refused."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpt2core.checkpoint import check_same_model, load, load_newest, save
+from gpt2core.checkpoint_folder import FORMAT, CheckpointFolder
+
+
+def state(step: int, **more: Any) -> dict[str, Any]:
+    weights = {"w": torch.full((4096,), float(step))}
+    return {"format": FORMAT, "step": step, "epoch": 0, "train_loss": 2.0, "val_loss": None, "model": weights} | more
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> CheckpointFolder:
+    """Checkpoints of steps 1, 2 and 3; step 2 ended an epoch."""
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    for step in (1, 2, 3):
+        save(folder, state(step), names=["epoch_00001"] if step == 2 else [], keep=10)
+    return folder
+
+
+def test_one_file_has_all_its_names(folder: CheckpointFolder) -> None:
+    inode = {path.stem: path.stat().st_ino for path in folder.path.glob("*.pt")}
+    assert inode["latest"] == inode["rolling_step_000003"]
+    assert inode["latest_backup"] == inode["rolling_step_000002"] == inode["epoch_00001"]
+    assert len(set(inode.values())) == 3
+    size = folder.file("latest").stat().st_size
+    assert size * 2.9 < folder.disk_bytes() < size * 3.1  # six names, three files
+
+
+def test_each_name_loads_what_it_stands_for(folder: CheckpointFolder) -> None:
+    steps = {found.name: load(found.path, found.sidecar)["step"] for found in folder.all()}
+    assert steps == {
+        "latest": 3,
+        "rolling_step_000003": 3,
+        "latest_backup": 2,
+        "rolling_step_000002": 2,
+        "epoch_00001": 2,
+        "rolling_step_000001": 1,
+    }
+    assert torch.equal(load(folder.file("latest"))["model"]["w"], torch.full((4096,), 3.0))
+
+
+def test_saving_a_step_again_keeps_the_backup_of_the_step_before(folder: CheckpointFolder) -> None:
+    save(folder, state(3), names=["best_model"], keep=10)
+    backup, best = folder.find("latest_backup"), folder.find("best_model")
+    assert backup and backup.sidecar.step == 2
+    assert best and best.sidecar.step == 3
+
+
+def test_rolling_checkpoints_are_pruned_to_keep_and_the_other_tiers_stay(folder: CheckpointFolder) -> None:
+    save(folder, state(4), names=[], keep=1)
+    assert {path.name for path in folder.path.iterdir()} == {
+        f"{name}.{ending}"
+        for name in ("latest", "latest_backup", "epoch_00001", "rolling_step_000004")
+        for ending in ("pt", "json")
+    }
+    assert load(folder.file("epoch_00001"))["step"] == 2
+
+
+def test_prune_goes_by_step_and_not_by_spelling(folder: CheckpointFolder) -> None:
+    for step in (999_998, 999_999, 1_000_000):
+        save(folder, state(step), names=[], keep=2)
+    assert {path.stem for path in folder.path.glob("rolling_*.pt")} == {"rolling_step_999999", "rolling_step_1000000"}
+
+
+def test_a_checkpoint_just_written_is_not_pruned_when_training_went_back(folder: CheckpointFolder) -> None:
+    """--resume rolling_step_000001 with later ones still there: the new line of checkpoints must survive."""
+    saved = save(folder, state(2, train_loss=9.0), names=[], keep=1)
+    assert saved.path.exists()
+
+
+def flip_a_byte(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+DAMAGES = {
+    "flipped byte": (flip_a_byte, 2),  # the damage is in the one file that latest and rolling_step_000003 share
+    "cut short": (lambda path: os.truncate(path, path.stat().st_size - 100), 2),
+    "zero length": (lambda path: os.truncate(path, 0), 2),
+    "no sidecar": (lambda path: path.with_suffix(".json").unlink(), 3),
+    "sidecar cut short": (lambda path: os.truncate(path.with_suffix(".json"), 20), 3),
+    "replaced by an empty file": (lambda path: (path.unlink(), path.touch()), 3),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_latest_is_skipped_aloud_for_the_newest_whole_one(folder: CheckpointFolder, damage: str) -> None:
+    harm, expected_step = DAMAGES[damage]
+    harm(folder.file("latest"))
+    warnings: list[str] = []
+    found = load_newest(folder, warnings.append)
+    assert found and found["step"] == expected_step
+    assert torch.equal(found["model"]["w"], torch.full((4096,), float(expected_step)))
+    assert any("latest.pt" in warning and "skipped" in warning for warning in warnings), warnings
+
+
+def test_a_whole_latest_is_taken_without_a_word(folder: CheckpointFolder) -> None:
+    warnings: list[str] = []
+    found = load_newest(folder, warnings.append)
+    assert found and found["step"] == 3
+    assert warnings == []
+
+
+def test_all_damaged_is_an_error_and_not_a_fresh_start(folder: CheckpointFolder) -> None:
+    for path in folder.path.glob("*.pt"):
+        os.truncate(path, 10)
+    with pytest.raises(ValueError, match="none of them is whole"):
+        load_newest(folder, lambda _: None)
+
+
+def test_flipped_bytes_in_all_are_an_error_too(folder: CheckpointFolder) -> None:
+    for path in {path.stat().st_ino: path for path in folder.path.glob("*.pt")}.values():
+        flip_a_byte(path)
+    with pytest.raises(ValueError, match="none of them is whole"):
+        load_newest(folder, lambda _: None)
+
+
+def test_no_checkpoint_at_all_is_none(tmp_path: Path) -> None:
+    assert load_newest(CheckpointFolder(tmp_path / "nothing"), lambda _: None) is None
+
+
+def test_a_write_that_fails_leaves_everything_as_it_was(folder: CheckpointFolder) -> None:
+    before = contents(folder.path)
+
+    def write(file: Any) -> None:
+        file.write(b"some of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        folder.commit(write, step=4, epoch=0, train_loss=None, val_loss=None, names=["best_model"], keep=1)
+    assert contents(folder.path) == before
+
+
+def test_a_disk_that_refuses_large_files_fails_as_oserror_and_leaves_everything(tmp_path: Path) -> None:
+    """torch.save on a file that fails for real: in a process of its own whose files may not grow beyond 100 kB."""
+    program = """
+import resource, sys, torch
+from pathlib import Path
+from gpt2core.checkpoint import save
+from gpt2core.checkpoint_folder import CheckpointFolder
+folder = CheckpointFolder(Path(sys.argv[1]))
+state = lambda step, size: dict(format=1, step=step, epoch=0, train_loss=None, val_loss=None, model=dict(w=torch.ones(size)))
+save(folder, state(1, 10), names=[], keep=2)
+before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save(folder, state(2, 10_000_000), names=[], keep=2)
+except OSError as error:
+    print("OSError", error)
+assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("OSError")
+
+
+class RunsCode:
+    """What a hostile pickle looks like."""
+
+    def __init__(self, touched: Path) -> None:
+        self.touched = touched
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.touched,))
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))])
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path, write: Any) -> None:
+    touched, path = tmp_path / "touched", tmp_path / "bad.pt"
+    write(state(1, rng=RunsCode(touched)), path)
+    with pytest.raises(ValueError, match=r"bad\.pt is not a readable checkpoint"):
+        load(path)
+    assert not touched.exists()
+    torch.load(path, weights_only=False) if write is torch.save else pickle.loads(path.read_bytes())
+    assert touched.exists(), "the file does hold code that an unsafe load runs"
+
+
+def test_files_that_are_no_checkpoint_of_ours_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"weights": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match=r"x\.pt is no checkpoint of this project"):
+        load(path)
+    torch.save(state(1, format=FORMAT + 1), path)
+    with pytest.raises(ValueError, match="newer version"):
+        load(path)
+    with pytest.raises(ValueError, match=r"missing\.pt cannot be read"):
+        load(tmp_path / "missing.pt")
+
+
+def test_what_a_killed_writer_left_goes_and_what_a_live_one_writes_stays(folder: CheckpointFolder) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    stale = folder.path / f".rolling_step_000009.pt.{ended.pid}.tmp"
+    live = folder.path / f".rolling_step_000009.pt.{os.getppid()}.tmp"
+    stale.write_bytes(b"half")
+    live.write_bytes(b"half")
+    save(folder, state(4), names=[], keep=10)
+    assert not stale.exists()
+    assert live.exists()
+
+
+def test_another_model_is_named_by_what_differs() -> None:
+    with pytest.raises(ValueError, match="embd_size 32 in it, 64 asked for") as caught:
+        check_same_model("x.pt", {"embd_size": 32, "num_layers": 2}, {"embd_size": 64, "num_layers": 2})
+    assert "num_layers" not in str(caught.value)
+    check_same_model("x.pt", {"embd_size": 32}, {"embd_size": 32})

@@ -1,0 +1,224 @@
+"""`gpt2`: every command helps, refuses in one sentence, and does what its name says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpt2core.cli import COMMANDS, run
+
+TINY = ["--run_name", "tiny", "--artifacts_dir"]
+
+
+@pytest.fixture
+def tiny(lab: Any, straight: Path, tmp_path: Path) -> Path:
+    return lab.copy_run(straight, tmp_path)
+
+
+@pytest.fixture
+def few_examples(lab: Any, tmp_path: Path) -> Path:
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join(lab.hellaswag.read_text(encoding="utf-8").splitlines(keepends=True)[:4]), encoding="utf-8")
+    return path
+
+
+def gpt2(*arguments: object) -> int:
+    return run([str(argument) for argument in arguments])
+
+
+def assert_one_sentence(done: Any, *words: str) -> None:
+    """It failed, and stderr has one line that holds these words."""
+    assert done.returncode not in (0, None)
+    assert "Traceback" not in done.stderr + done.stdout
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_answers_help(command: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as left:
+        gpt2(command, "--help")
+    assert left.value.code == 0
+    assert f"gpt2 {command}" in capsys.readouterr().out
+
+
+def test_gpt2_lists_its_commands(lab: Any) -> None:
+    done = lab.run("gpt2core.cli", ["--help"])
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in COMMANDS)
+    assert lab.run("gpt2core.cli", []).returncode != 0
+
+
+def test_help_of_train_names_every_flag_of_the_contract(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        gpt2("train", "--help")
+    shown = capsys.readouterr().out
+    flags = """--total_batch_size --mini_batch_size --context_length --num_layers --embd_size --num_heads --max_lr --min_lr
+    --warmup_steps --num_epochs --steps_per_epoch --eval_freq --checkpoint_freq --keep_checkpoints --use_tensorboard
+    --run_name --resume --list_checkpoints --data_dir --artifacts_dir --nproc_per_node"""
+    assert [flag for flag in flags.split() if f"{flag} " not in shown and f"{flag}," not in shown] == []
+
+
+# --- refusals, as a person sees them ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], ["there is no command 'trian'", "train"]),
+        (["train", "--max_lr", "fast"], ["max_lr", "fast"]),
+        (["train", "--num_heads", "5"], ["embd_size 768", "num_heads 5"]),
+        (["train", "--min_batch_size", "4"], ["--min_batch_size", "did you mean --mini_batch_size?"]),
+        (["generate", "--max_new_tokens", "many"], ["--max_new_tokens", "many"]),
+        (["checkpoints", "prune", "--keep", "0"], ["--keep 0"]),
+        (["export", "--to", "onnx", "somewhere"], ["onnx", "hf"]),
+        (["evaluate", "--checkpoint", "nothing", "--artifacts_dir", "/nonexistent"], ["nothing", "there are: none"]),
+        (["promote", "--artifacts_dir", "/nonexistent"], ["no measured checkpoint"]),
+        (["tensorboard", "--artifacts_dir", "/nonexistent"], ["/nonexistent"]),
+    ],
+    ids=lambda value: "_".join(value[:2]) if isinstance(value, list) else None,
+)
+def test_bad_values_are_refused_in_one_sentence(
+    arguments: list[str], words: list[str], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the guard that the `gpt2` script runs."""
+    from gpt2core.cli import main
+
+    monkeypatch.setattr("sys.argv", ["gpt2", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code not in (0, None)
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1, error
+    for word in words:
+        assert word in error
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--top_k", "-1"],
+        ["--samples", "0"],
+        ["--samples", "-1"],
+        ["--temperature", "-1"],
+        ["--temperature", "nan"],
+        ["--max_new_tokens", "-5"],
+    ],
+    ids=" ".join,
+)
+def test_generate_refuses_numbers_that_mean_nothing(tiny: Path, flags: list[str]) -> None:
+    with pytest.raises(ValueError, match=flags[0].removeprefix("--")):
+        gpt2("generate", "Hello", *TINY, tiny.parent, "--checkpoint", "latest", "--device", "cpu", *flags)
+
+
+def test_evaluate_refuses_zero_val_tokens(tiny: Path, few_examples: Path) -> None:
+    with pytest.raises(ValueError, match="val_tokens"):
+        gpt2("evaluate", *TINY, tiny.parent, "--hellaswag", few_examples, "--device", "cpu", "--val_tokens", "0")
+
+
+def test_a_real_process_refuses_in_one_sentence(lab: Any, tmp_path: Path) -> None:
+    assert_one_sentence(lab.run("gpt2core.cli", ["fly"]), "there is no command 'fly'")
+    assert_one_sentence(lab.run("gpt2core.cli", ["train", "--embd_size", "-1"]), "embd_size", "-1")
+
+
+def test_a_gpu_that_is_not_there_is_refused_in_one_sentence(lab: Any, tmp_path: Path) -> None:
+    flags = lab.flags(tmp_path, device="cuda", mini_batch_size=1, total_batch_size=99 * 32)
+    if torch.cuda.is_available():
+        assert_one_sentence(lab.run("gpt2core.cli", ["train", "--nproc_per_node", "99", *flags]), "nproc_per_node 99")
+        return
+    assert_one_sentence(lab.run("gpt2core.train", flags), "device cuda", "--device cpu")
+    for nproc in ("1", "2"):
+        flags = lab.flags(tmp_path, device="cuda")
+        done = lab.run("gpt2core.cli", ["train", "--nproc_per_node", nproc, *flags])
+        assert done.returncode != 0
+        assert "Traceback" not in done.stdout + done.stderr
+        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        assert len(said) == 1 and "device cuda" in said[0], said
+
+
+# --- what commands do ------------------------------------------------------------------------------------------------
+
+
+def test_train_runs_to_its_end(lab: Any, tmp_path: Path) -> None:
+    flags = lab.flags(tmp_path, num_epochs=1, steps_per_epoch=2)
+    done = lab.run("gpt2core.cli", ["train", *flags])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(lab.logged(tmp_path / "tiny", "loss")) == [1, 2]
+    assert lab.load(tmp_path / "tiny" / "checkpoints" / "epoch_00001.pt")["step"] == 2
+    again = lab.run("gpt2core.cli", ["train", *flags])
+    assert_one_sentence(again, "--resume latest", "--run_name")
+
+
+def test_train_lists_checkpoints(tiny: Path, lab: Any, capsys: Any) -> None:
+    assert gpt2("train", "--nproc_per_node", "2", *lab.flags(tiny.parent), "--list_checkpoints") == 0
+    assert "epoch_00001" in capsys.readouterr().out
+
+
+def test_status_shows_runs_and_what_is_promoted(tiny: Path, lab: Any, capsys: Any) -> None:
+    assert gpt2("status", "--artifacts_dir", tiny.parent) == 0
+    shown = capsys.readouterr().out
+    (row,) = [line for line in shown.splitlines() if "tiny" in line and "24" in line]
+    assert f"{lab.logged(tiny, 'loss')[24]:.4f}" in row
+    assert f"{lab.logged(tiny, 'val_loss')[24]:.4f}" in row
+    assert "promoted: nothing yet" in shown
+
+
+def test_status_of_an_empty_folder(tmp_path: Path, capsys: Any) -> None:
+    assert gpt2("status", "--artifacts_dir", tmp_path) == 0
+    assert "no runs" in capsys.readouterr().out
+
+
+def test_checkpoints_lists_and_prunes(tiny: Path, capsys: Any) -> None:
+    folder = tiny / "checkpoints"
+    assert gpt2("checkpoints", *TINY, tiny.parent) == 0
+    shown = capsys.readouterr().out
+    assert all(path.stem in shown for path in folder.glob("*.pt"))
+    rolling = sorted(path.stem for path in folder.glob("rolling_*.pt"))
+    assert len(rolling) == 3
+    assert gpt2("checkpoints", "prune", "--keep", "1", *TINY, tiny.parent) == 0
+    shown = capsys.readouterr().out
+    assert [path.stem for path in folder.glob("rolling_*.pt")] == rolling[-1:]
+    assert [path.stem for path in folder.glob("rolling_*.json")] == rolling[-1:]
+    assert all(f"removed {folder / name}.pt" in shown for name in rolling[:-1])
+    for name in ("latest", "latest_backup", "best_model", "epoch_00001", "epoch_00002"):
+        assert (folder / f"{name}.pt").exists()
+
+
+def test_export_writes_what_transformers_loads(tiny: Path, lab: Any, tmp_path: Path) -> None:
+    import transformers
+
+    target = tmp_path / "exported"
+    assert gpt2("export", "--to", "hf", target, "--checkpoint", "epoch_00001", *TINY, tiny.parent) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(target)
+    weights = lab.load(tiny / "checkpoints" / "epoch_00001.pt")["model"]
+    assert torch.equal(model.transformer.wte.weight, weights["transformer.wte.weight"][:50257])
+    assert torch.equal(model.transformer.h[0].mlp.c_fc.weight, weights["transformer.h.0.mlp.c_fc.weight"].t())
+    with pytest.raises(ValueError, match="not empty"):
+        gpt2("export", "--to", "hf", target, *TINY, tiny.parent)
+
+
+def test_generate_continues_a_text(tiny: Path, capsys: Any) -> None:
+    command = ["generate", "First Citizen:", *TINY, tiny.parent, "--device", "cpu", "--max_new_tokens", "8"]
+    assert gpt2(*command, "--samples", "2") == 0
+    text = capsys.readouterr().out
+    assert text.count("First Citizen:") == 2
+    assert gpt2(*command, "--samples", "2") == 0
+    assert capsys.readouterr().out == text
+    assert gpt2(*command, "--samples", "2", "--seed", "1") == 0
+    assert capsys.readouterr().out != text
+    with pytest.raises(ValueError, match="context_length is 32"):
+        gpt2("generate", "word " * 40, *TINY, tiny.parent, "--device", "cpu")
+
+
+def test_promote_after_evaluate(tiny: Path, few_examples: Path, capsys: Any) -> None:
+    evaluate = ["evaluate", "--checkpoint", "best", "--hellaswag", few_examples, "--device", "cpu", *TINY, tiny.parent]
+    assert not gpt2(*evaluate)
+    assert not gpt2("promote", *TINY, tiny.parent)
+    assert "promoted: tiny" in capsys.readouterr().out
+    assert not gpt2("status", "--artifacts_dir", tiny.parent)
+    assert "promoted: tiny step" in capsys.readouterr().out
+    assert (tiny.parent / "best" / "model.safetensors").exists()

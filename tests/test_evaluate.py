@@ -1,0 +1,157 @@
+"""Measuring a checkpoint: the same numbers as training logged, on any number of ranks, and never twice."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt2core.evaluate import add_arguments, describe, evaluate
+from gpt2core.records import Evaluation
+
+
+@pytest.fixture(scope="session")
+def hellaswag(lab: Any) -> Path:
+    """The first 16 examples of the bundled sample: 64 candidates, quick on a CPU."""
+    path = lab.root / "hellaswag_16.jsonl"
+    path.write_text("".join(lab.hellaswag.read_text(encoding="utf-8").splitlines(keepends=True)[:16]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run(lab: Any, straight: Path, tmp_path: Path) -> Path:
+    return lab.copy_run(straight, tmp_path)
+
+
+@pytest.fixture
+def measure(run: Path, hellaswag: Path) -> Any:
+    def measure(checkpoint: object, *flags: object, name: str = "tiny") -> Evaluation:
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        where = ["--artifacts_dir", run.parent, "--run_name", name, "--hellaswag", hellaswag, "--device", "cpu"]
+        return evaluate(parser.parse_args([str(word) for word in ["--checkpoint", checkpoint, *where, *flags]]))
+
+    return measure
+
+
+@pytest.mark.parametrize(("name", "step"), [("latest", 24), ("epoch_00001", 12), ("rolling_step_000022", 22)])
+def test_a_name_measures_what_training_measured(measure: Any, run: Path, lab: Any, name: str, step: int) -> None:
+    result = measure(name)
+    assert (result.checkpoint, result.step) == (name, step)
+    val_losses = lab.logged(lab.root / "straight" / "tiny", "val_loss")
+    if step in val_losses:
+        assert result.val_loss == pytest.approx(val_losses[step], abs=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(result.val_loss))
+    stored = Evaluation.model_validate_json((run / "evaluations" / f"step_{step:06d}.json").read_text())
+    assert stored == result
+
+
+def test_best_is_the_checkpoint_of_lowest_logged_loss(measure: Any, lab: Any, straight: Path) -> None:
+    val_losses = {step: loss for step, loss in lab.logged(straight, "val_loss").items() if step}
+    result = measure("best")
+    assert result.checkpoint == "best_model"
+    assert result.step == min(val_losses, key=val_losses.__getitem__)
+    assert result.val_loss == pytest.approx(min(val_losses.values()), abs=1e-6)
+
+
+def test_a_path_is_measured_but_not_stored_as_the_runs(measure: Any, run: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere.pt"
+    elsewhere.write_bytes((run / "checkpoints" / "latest.pt").read_bytes())
+    result = measure(elsewhere)
+    assert result.sha256 is None
+    assert not (run / "evaluations").exists()
+    assert result.val_loss == measure("latest").val_loss
+
+
+def test_a_file_url_is_measured_too(measure: Any, run: Path) -> None:
+    result = measure(f"file://{run / 'checkpoints' / 'epoch_00001.pt'}")
+    assert result.step == 12
+
+
+def test_a_stored_result_is_reused_until_forced_or_asked_otherwise(measure: Any, run: Path, capsys: Any) -> None:
+    first = measure("latest")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["val_loss"] == first.val_loss
+    assert json.loads(lines[-1])["acc_norm"] == first.hellaswag.acc_norm
+    capsys.readouterr()
+    assert measure("latest") == first
+    assert "already measured" in capsys.readouterr().out
+    assert (run / "metrics.jsonl").read_text().splitlines() == lines
+    again = measure("latest", "--force")
+    assert again.duration_s != first.duration_s
+    assert again.val_loss == first.val_loss
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == len(lines) + 1
+    fewer = measure("latest", "--val_tokens", "512")
+    assert fewer.val_tokens == 512
+    assert fewer.val_loss != first.val_loss
+
+
+def test_another_dataset_is_measured_anew(measure: Any, other_data_dir: Path) -> None:
+    first, other = measure("latest"), measure("latest", "--data_dir", other_data_dir)
+    assert other.val_fingerprint != first.val_fingerprint
+    assert other.val_loss > first.val_loss  # random tokens
+
+
+def test_a_new_checkpoint_of_the_same_step_is_measured_anew(measure: Any, run: Path) -> None:
+    measure("latest")
+    stored = run / "evaluations" / "step_000024.json"
+    record = json.loads(stored.read_text()) | {"sha256": "0" * 64, "val_loss": 1.0}
+    stored.write_text(json.dumps(record))
+    assert measure("latest").val_loss > 9
+
+
+def test_an_unknown_checkpoint_is_an_error_that_lists_what_is_there(measure: Any) -> None:
+    with pytest.raises(ValueError, match=r"checkpoint epoch_00009: there is no such file") as caught:
+        measure("epoch_00009")
+    for name in ("latest", "best_model", "epoch_00001", "epoch_00002"):
+        assert name in str(caught.value)
+    with pytest.raises(ValueError, match=r"there are: none"):
+        measure("latest", name="no_such_run")
+
+
+def test_a_damaged_checkpoint_is_refused(measure: Any, run: Path) -> None:
+    path = run / "checkpoints" / "latest.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"latest\.pt.*damaged"):
+        measure("latest")
+
+
+def test_hellaswag_gives_shares_with_standard_errors(measure: Any, hellaswag: Path) -> None:
+    result = measure("latest")
+    score = result.hellaswag
+    assert score.examples == 16
+    assert score.source == str(hellaswag)
+    for share, stderr in [(score.acc, score.acc_stderr), (score.acc_norm, score.acc_norm_stderr)]:
+        assert 0 <= share <= 1
+        assert (share * 16).is_integer()
+        assert stderr == pytest.approx(math.sqrt(share * (1 - share) / 16))
+    assert f"acc_norm {score.acc_norm:.4f} ± {score.acc_norm_stderr:.4f}" in describe(result)
+
+
+def test_a_hellaswag_file_that_is_not_there_is_an_error(measure: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"missing\.jsonl: cannot be read"):
+        measure("latest", "--hellaswag", tmp_path / "missing.jsonl")
+
+
+def test_two_ranks_get_what_one_gets(run: Path, lab: Any, hellaswag: Path) -> None:
+    """One of them as `gpt2 evaluate`, the other under torchrun, from a shell."""
+    flags = ["--checkpoint", "best", "--artifacts_dir", run.parent, "--run_name", "tiny", "--hellaswag", hellaswag]
+    results = []
+    for module, arguments, nproc in [("gpt2core.cli", ["evaluate"], 1), ("gpt2core.evaluate", ["--force"], 2)]:
+        done = lab.run(module, [*arguments, *flags], nproc)
+        assert done.returncode == 0, done.stderr
+        (stored,) = (run / "evaluations").glob("*.json")
+        results.append(Evaluation.model_validate_json(stored.read_text()))
+        assert re.search(rf"val_loss {results[-1].val_loss:.4f}", done.stdout)
+    one, two = results
+    assert two.measured_at > one.measured_at or two.duration_s != one.duration_s
+    assert two.val_loss == one.val_loss
+    assert (two.hellaswag.acc, two.hellaswag.acc_norm) == (one.hellaswag.acc, one.hellaswag.acc_norm)
