@@ -59,13 +59,13 @@ def _show(config: RunConfig, stages: list[Stage]) -> None:
     best = Path(config.artifacts_dir) / "best"
     command = [sys.executable, "-m", "gpt2core.cli"]
     print(f"\nA sample from the promoted model ({best}):\n", flush=True)
-    where = ["--artifacts_dir", config.artifacts_dir, "--run_name", config.run_name]
-    subprocess.run([*command, "generate", *where, "--device", config.train.device, "ROMEO:"], check=True)
+    subprocess.run([*command, "generate", "--checkpoint", str(best), "--device", config.train.device], check=True)
     print(
         f"\nloss curve    {folder.reports / 'loss.png'}\n"
         f"curves        gpt2 tensorboard --artifacts_dir {config.artifacts_dir}    then http://127.0.0.1:6006\n"
         f"stage history prefect server start    then http://127.0.0.1:4200\n"
         f"checkpoints   gpt2 checkpoints --run_name {config.run_name}\n"
-        f"more text     gpt2 generate --run_name {config.run_name} 'Once upon a time'",
+        f"more text     gpt2 generate --checkpoint {best} 'Once upon a time'\n"
+        f"(put .venv/bin on the PATH for these: source .venv/bin/activate)",
         flush=True,
     )

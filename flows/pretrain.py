@@ -6,10 +6,11 @@ prefect deployment run pretrain/gpt2-124m               on a worker
 
 from __future__ import annotations
 
+from prefect import flow
+
 from gpt2core.checkpoint_folder import epoch_name
 from gpt2core.config import DataConfig, EvalConfig, LaunchConfig, ModelConfig, RunConfig, TrainConfig
 from gpt2core.records import Stage
-from prefect import flow
 from tasks.evaluate_checkpoint import evaluate_checkpoint
 from tasks.prepare_dataset import prepare_dataset
 from tasks.promote_best import promote_best

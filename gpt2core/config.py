@@ -15,13 +15,13 @@ VOCAB_SIZE = 50257
 
 Positive = Annotated[int, Field(ge=1)]
 Frequency = Annotated[int, Field(ge=0)]  # 0 switches it off
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Settings(BaseModel):
     """A group of settings: immutable, and a misspelt name is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # Fields that may differ between the run that wrote a checkpoint and the one that resumes it.
     free_to_change: ClassVar[frozenset[str]] = frozenset()
@@ -117,8 +117,8 @@ class TrainConfig(Settings):
         19_073, description="Steps in an epoch; auto takes what one pass over the training shards gives."
     )
     weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay, on matrices and embeddings only.")
-    beta1: Fraction = Field(0.9, description="AdamW decay of the first moment.")
-    beta2: Fraction = Field(0.95, description="AdamW decay of the second moment (GPT-3, appendix B).")
+    beta1: Decay = Field(0.9, description="AdamW decay of the first moment.")
+    beta2: Decay = Field(0.95, description="AdamW decay of the second moment (GPT-3, appendix B).")
     grad_clip: float = Field(1.0, gt=0, description="Largest global gradient norm.")
     seed: int = Field(1337, ge=0, description="Seed of the weights and of the data order.")
     shuffle: Literal["sequences", "shards", "none"] = Field(

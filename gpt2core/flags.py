@@ -79,7 +79,7 @@ def as_flags(settings: Settings) -> list[str]:
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
-            flags += [f"--{name}", str(value)]
+            flags.append(f"--{name}={value}")
     return flags
 
 

@@ -83,11 +83,13 @@ def _jsonl_rows(source: str) -> Iterator[Any]:
     try:
         with fsspec.open(source, "rt", encoding="utf-8", compression="infer") as file:
             for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
                 try:
                     yield json.loads(line)
                 except json.JSONDecodeError as error:
                     raise ValueError(f"HellaSwag {source}, example {number}: not JSON ({error})") from None
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(
             f"HellaSwag {source}: cannot be read ({error}); give the path or URL of a jsonl file"
         ) from None

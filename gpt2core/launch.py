@@ -108,10 +108,18 @@ def die_with_parent() -> None:
     A trainer that a person started from a shell is left alone: it may outlive the shell on purpose.
     """
     started_by, by_torchrun = os.environ.pop(STARTED_BY, None), "TORCHELASTIC_RUN_ID" in os.environ
-    if sys.platform != "linux" or not (started_by or by_torchrun):
+    if by_torchrun:
+        tie_to_parent(os.getppid())
+    elif started_by:
+        tie_to_parent(int(started_by))
+
+
+def tie_to_parent(parent: int) -> None:
+    """Asks the kernel to send this process SIGTERM when its parent, with this process id, dies (Linux only)."""
+    if sys.platform != "linux":
         return
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if started_by and not by_torchrun and os.getppid() != int(started_by):  # it died before we asked
+    if os.getppid() != parent:  # it died before we asked
         sys.exit(128 + signal.SIGTERM)
 
 

@@ -8,6 +8,7 @@ on the sources and the options only, never on how many processes made it or how 
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -22,7 +23,7 @@ import numpy as np
 
 from gpt2core.config import DataConfig
 from gpt2core.flags import Parser, add_settings, main_guard
-from gpt2core.launch import die_with_parent
+from gpt2core.launch import die_with_parent, tie_to_parent
 from gpt2core.run_folder import publish, write_json, write_text
 from gpt2core.shards import (
     MANIFEST,
@@ -70,7 +71,9 @@ def _tokenize_all(data: DataConfig, sources: list[str]) -> Iterator[SourceRecord
         yield from (tokenize_source(data, source) for source in sources)
         return
     # spawn, not fork: the caller may hold threads (Prefect's, fsspec's) that a fork would freeze
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=tie_to_parent, initargs=(os.getpid(),)
+    ) as pool:
         try:
             yield from (
                 done.result() for done in as_completed([pool.submit(tokenize_source, data, s) for s in sources])
@@ -125,11 +128,13 @@ def _hub_files(data: DataConfig) -> list[str]:
 def _matching_files(source: str) -> list[str]:
     import fsspec
 
-    pattern = f"{source.rstrip('/')}/*" if "://" not in source and Path(source).is_dir() else source
     try:
-        filesystem, path = fsspec.url_to_fs(pattern)
-        found = sorted(filesystem.glob(path)) if any(sign in path for sign in "*?[") else [path]
-        files = [name for name in found if (filesystem.isfile(name) and _ending(name) in READERS) or name == pattern]
+        filesystem, path = fsspec.url_to_fs(source)
+        if filesystem.isfile(path):
+            files = [path]
+        else:
+            found = filesystem.ls(path, detail=False) if filesystem.isdir(path) else filesystem.glob(path)
+            files = [name for name in sorted(found) if _ending(name) in READERS and filesystem.isfile(name)]
         sizes = [filesystem.size(name) for name in files]
     except FileNotFoundError:
         files, sizes = [], []
@@ -159,6 +164,8 @@ def _reader(url: str) -> str:
 def iter_documents(url: str, text_column: str) -> Iterator[list[str | None]]:
     """The texts of one source file, batch by batch. Raises ValueError, naming the file, when it cannot be read."""
     import datasets
+    import fsspec
+    from pyarrow import parquet
 
     reader = _reader(url)
     options: dict[str, Any] = {"sample_by": "document"} if reader == "text" else {}
@@ -167,14 +174,23 @@ def iter_documents(url: str, text_column: str) -> Iterator[list[str | None]]:
     column = "text" if reader == "text" else text_column
     row = 0
     try:
-        rows = datasets.load_dataset(reader, data_files=[url], split="train", streaming=True, **options)
+        if reader == "parquet":
+            with fsspec.open(url, "rb") as file:
+                _require_column(column, parquet.read_schema(file).names)
+        rows = datasets.load_dataset(reader, data_files=[glob.escape(url)], split="train", streaming=True, **options)
         for batch in rows.iter(DOCUMENTS_PER_BATCH):
-            if column not in batch:
-                raise KeyError(f"it has no column '{column}' but {', '.join(batch)}; name it with --text_column")
+            _require_column(column, batch)
+            if bad := [text for text in batch[column] if not (text is None or isinstance(text, str))]:
+                raise TypeError(f"column '{column}' holds {type(bad[0]).__name__} and not text")
             yield batch[column]
             row += len(batch[column])
     except Exception as error:  # every reader has its own errors; the file and the row are what helps
         raise ValueError(f"source {url}, after row {row}: {_first_line(error)}") from error
+
+
+def _require_column(column: str, columns: Iterable[str]) -> None:
+    if column not in columns:
+        raise KeyError(f"it has no column '{column}' but {', '.join(columns)}; name it with --text_column")
 
 
 def _first_line(error: BaseException) -> str:
@@ -202,11 +218,13 @@ def begin(data: DataConfig, sources: list[str]) -> Manifest | None:
     plan = folder / PARTS / "plan.json"
     if plan.exists():
         begun = json.loads(plan.read_text(encoding="utf-8"))
-        if begun != wanted:
+        has_parts = any(path != plan for path in plan.parent.glob("*.json"))
+        if has_parts and begun != wanted | {"shard_size": begun["shard_size"]}:  # a part does not depend on it
             raise ValueError(
                 f"{folder} holds another dataset, half made ({_difference(begun, wanted)}): "
                 f"give another --data_dir or remove it"
             )
+        write_json(plan, wanted)
     elif folder.exists() and any(SHARD_NAME.match(path.name) for path in folder.iterdir()):
         raise ValueError(
             f"{folder} holds shards without a {MANIFEST}: train on them as they are (nothing to prepare), "
@@ -294,6 +312,8 @@ def assemble(data: DataConfig, sources: list[str], progress: Progress = print) -
         )
     _require_space(folder, 2 * total)
     parts = [np.memmap(_part_files(data, i)[0], np.uint16, "r") for i, record in enumerate(records) if record.tokens]
+    for left_over in [*folder.glob("*.npy"), *folder.glob(".*.npy.*.tmp")]:  # of an attempt that died here
+        left_over.unlink()
     shards = []
     for index, tokens in enumerate(_cut(parts, data.shard_size)):
         path = folder / shard_name(index)

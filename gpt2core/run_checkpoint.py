@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from gpt2core.checkpoint import load
 from gpt2core.checkpoint_folder import BEST, CheckpointFolder
 from gpt2core.config import ModelConfig, RunConfig
 from gpt2core.distributed import pick_device, pick_dtype
+from gpt2core.export import import_huggingface
+from gpt2core.flags import read_config
 from gpt2core.model import GPT
 from gpt2core.run_folder import RunFolder
 
@@ -36,7 +39,7 @@ class NamedCheckpoint:
 
 
 def load_named(name: str, folder: RunFolder) -> NamedCheckpoint:
-    """Loads `latest`, `best`, or another name in the run's folder; else a path or fsspec URL.
+    """Loads `latest`, `best`, or another name in the run's folder; else a path or fsspec URL, or a transformers folder.
 
     Raises ValueError that names what is there when there is no such checkpoint.
     """
@@ -45,7 +48,19 @@ def load_named(name: str, folder: RunFolder) -> NamedCheckpoint:
         return NamedCheckpoint(found.name, load(found.path, found.sidecar), found.sidecar.sha256)
     if "://" in name or Path(name).is_file():
         return NamedCheckpoint(name, load(name), None)
+    if (Path(name) / "model.safetensors").is_file():
+        return _promoted(Path(name))
     there = ", ".join(checkpoint.name for checkpoint in checkpoints.all()) or "none"
     raise ValueError(
         f"checkpoint {name}: there is no such file, nor one of that name in {folder.checkpoints} (there are: {there})"
     )
+
+
+def _promoted(folder: Path) -> NamedCheckpoint:
+    """A folder as transformers have it; one that was promoted here says what it was trained with."""
+    weights, model = import_huggingface(folder)
+    training, promotion = folder / "training_config.json", folder / "promotion.json"
+    config = read_config(training) if training.exists() else RunConfig(model=model)
+    step = json.loads(promotion.read_text(encoding="utf-8"))["candidate"]["step"] if promotion.exists() else 0
+    state = {"model": weights, "config": config.model_dump(mode="json"), "step": step, "epoch": 0}
+    return NamedCheckpoint(str(folder), state, None)

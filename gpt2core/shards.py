@@ -115,6 +115,8 @@ def _map_tokens(path: Path) -> np.ndarray:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path} is not a whole token shard ({error}); make it again or copy it anew") from None
+    if not isinstance(tokens, np.ndarray):
+        raise ValueError(f"{path} is not a token shard but an archive of arrays")
     if tokens.dtype != np.uint16 or tokens.ndim != 1 or tokens.size < 2:
         raise ValueError(
             f"{path} is not a token shard: it holds {tokens.dtype} of shape {tokens.shape}, "

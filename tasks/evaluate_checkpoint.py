@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
 from gpt2core.checkpoint_folder import BEST, CheckpointFolder
 from gpt2core.records import Stage
 from gpt2core.report import evaluations
 from gpt2core.run_folder import RunFolder
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from tasks.stage_process import StageError, run_stage
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
 from gpt2core.config import DataConfig
 from gpt2core.flags import as_flags
 from gpt2core.prepare import describe
 from gpt2core.records import Stage
 from gpt2core.shards import read_manifest
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from tasks.stage_process import StageError, run_stage
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from gpt2core.records import Promotion, Stage
-from gpt2core.run_folder import read_json_lines
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from gpt2core.records import Promotion, Stage
+from gpt2core.run_folder import read_json_lines
 from tasks.stage_process import run_stage
 
 

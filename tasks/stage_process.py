@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import time
 
-from gpt2core import launch
 from prefect.logging import get_run_logger
+
+from gpt2core import launch
 
 SECONDS_BETWEEN_STEP_LINES = 5.0  # of the lines that every step writes; all others are handed on at once
 TIMESTAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # the log has its own

@@ -5,6 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.tasks import exponential_backoff
+
 from gpt2core import launch
 from gpt2core.checkpoint_folder import Checkpoint, CheckpointFolder, epoch_name
 from gpt2core.config import LaunchConfig, RunConfig
@@ -12,10 +16,6 @@ from gpt2core.preflight import preflight
 from gpt2core.records import Stage
 from gpt2core.report import epoch_rows
 from gpt2core.run_folder import RunFolder
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-from prefect.tasks import exponential_backoff
-
 from tasks.stage_process import StageError, run_stage
 
 

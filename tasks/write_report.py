@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 
-from gpt2core.records import Stage
-from gpt2core.report import draw_losses
-from gpt2core.run_folder import RunFolder, write_text
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
+
+from gpt2core.records import Stage
+from gpt2core.report import draw_losses
+from gpt2core.run_folder import RunFolder, write_text
 
 
 @task(

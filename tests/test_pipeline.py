@@ -86,7 +86,9 @@ def rank_process(run_marker: str, rank: int) -> int | None:
     """Process id of this rank of the trainer whose command line holds the marker."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            is_ours = run_marker in (entry / "cmdline").read_text() and "gpt2core.train" in (entry / "cmdline").read_text()
+            is_ours = (
+                run_marker in (entry / "cmdline").read_text() and "gpt2core.train" in (entry / "cmdline").read_text()
+            )
             if is_ours and f"LOCAL_RANK={rank}" in (entry / "environ").read_text().split("\0"):
                 return int(entry.name)
         except OSError:
@@ -131,8 +133,16 @@ def test_pipeline_survives_a_killed_rank_and_a_second_run_skips_what_is_done(tmp
     assert evaluated["hellaswag"]["examples"] == 8
 
     alone = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "gpt2core.train"]
-        + [flag for flag in flags(tiny(tmp_path, "alone") | {"launch": {}})],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "-m",
+            "gpt2core.train",
+            *flags(tiny(tmp_path, "alone") | {"launch": {}}),
+        ],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -146,7 +156,11 @@ def test_pipeline_survives_a_killed_rank_and_a_second_run_skips_what_is_done(tmp
 
     before = (run / "checkpoints" / "latest.pt").stat().st_ino
     again = subprocess.run(
-        [sys.executable, "-m", "flows.pretrain", *flags(parameters)], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "flows.pretrain", *flags(parameters)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("done before") == 5  # the dataset, two epochs and their evaluations
@@ -187,7 +201,13 @@ def server(tmp_path: Path, environment: dict[str, str]) -> Iterator[dict[str, st
 
 def prefect(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*PREFECT, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
+        [*PREFECT, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
     )
 
 
@@ -220,7 +240,7 @@ def test_deployments_run_on_a_worker_and_misspelt_parameters_are_refused(tmp_pat
     single = [
         ("evaluate/checkpoint", run | {"checkpoint": "epoch_00001", "force": True, "device": "cpu"}),
         ("promote/best", run),
-        ("train/gpt2-124m", {name: value for name, value in tiny(tmp_path).items()} | {"stop_epoch": 1}),
+        ("train/gpt2-124m", tiny(tmp_path) | {"stop_epoch": 1}),
         ("prepare-dataset/fineweb-edu", {"data": tiny(tmp_path)["data"]}),
     ]
     for deployment, given in single:
@@ -246,7 +266,13 @@ def test_the_demo_deployment_is_the_demo_recipe():
 
 @pytest.mark.parametrize(
     ("folder", "banned"),
-    [("gpt2core", "prefect"), ("gpt2core", "tasks.train_epoch"), ("tasks", "flows.train"), ("tasks", "torch"), ("flows", "torch")],
+    [
+        ("gpt2core", "prefect"),
+        ("gpt2core", "tasks.train_epoch"),
+        ("tasks", "flows.train"),
+        ("tasks", "torch"),
+        ("flows", "torch"),
+    ],
 )
 def test_the_import_wall_stands(folder, banned):
     linted = subprocess.run(
