@@ -10,6 +10,7 @@ name to it by rename, so at any moment of a crash at least one older or newer st
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -86,7 +87,10 @@ class CheckpointFolder:
         rolling = self.file(rolling_name(step))
         with publish(rolling) as file:
             hashing = _HashingWriter(file)
-            write(hashing)  # type: ignore[arg-type]
+            try:
+                write(hashing)  # type: ignore[arg-type]
+            except RuntimeError:  # torch's writer covers a full disk with an error of its own
+                raise hashing.error or RuntimeError(f"{rolling} could not be written") from None
         sidecar = Sidecar(
             step=step,
             epoch=epoch,
@@ -102,7 +106,7 @@ class CheckpointFolder:
             self._point(BACKUP, latest)
         for name in [LATEST, *names]:
             self._point(name, saved)
-        self.prune(keep)
+        self.prune(keep, spare=rolling)
         return saved
 
     def find(self, name: str) -> Checkpoint | None:
@@ -126,15 +130,20 @@ class CheckpointFolder:
 
     def disk_bytes(self) -> int:
         """Bytes that the checkpoints take; names of one file count once."""
-        sizes = {stat.st_ino: stat.st_size for stat in (path.stat() for path in self.path.glob("*.pt"))}
+        sizes = {}
+        for path in self.path.glob("*.pt"):
+            with contextlib.suppress(FileNotFoundError):  # a trainer may remove it just now
+                sizes[path.stat().st_ino] = path.stat().st_size
         return sum(sizes.values())
 
     def file(self, name: str) -> Path:
         return self.path / f"{name}.pt"
 
-    def prune(self, keep: int) -> list[Path]:
-        """Removes rolling checkpoints but the newest `keep`, and what killed processes left; returns what went."""
-        removed = sorted(self.path.glob("rolling_step_*.pt"))[:-keep]
+    def prune(self, keep: int, spare: Path | None = None) -> list[Path]:
+        """Removes rolling checkpoints but the newest `keep` and `spare`, and what killed processes left; returns what
+        went."""
+        by_step = sorted(self.path.glob("rolling_step_*.pt"), key=lambda path: int(path.stem.rpartition("_")[2]))
+        removed = [path for path in by_step[:-keep] if path != spare]
         for path in removed:
             path.with_suffix(".json").unlink(missing_ok=True)
             path.unlink()
@@ -169,10 +178,15 @@ class _HashingWriter:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._hash = hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self._hash.update(data)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()

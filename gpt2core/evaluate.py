@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,7 +49,7 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
     checkpoint = load_named(arguments.checkpoint, folder)
     config = checkpoint.config
     wanted = EvalConfig(
-        val_tokens=arguments.val_tokens or config.evaluation.val_tokens,
+        val_tokens=config.evaluation.val_tokens if arguments.val_tokens is None else arguments.val_tokens,
         hellaswag=arguments.hellaswag or config.evaluation.hellaswag,
     )
     data_dir = Path(arguments.data_dir or config.data.data_dir)
@@ -156,7 +157,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m gpt2core.evaluate", description="Measure a checkpoint.")
     add_arguments(parser)
     die_with_parent()
-    print(describe(evaluate(parser.parse_args(argv))))
+    result = evaluate(parser.parse_args(argv))
+    if os.environ.get("RANK", "0") == "0":
+        print(describe(result))
 
 
 if __name__ == "__main__":

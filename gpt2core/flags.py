@@ -97,19 +97,24 @@ def read_config(path: Path) -> RunConfig:
         raise ValueError(f"{path}: {first_error(error)}") from None
 
 
+NON_FINITE = 3  # exit code of a run that stopped because its gradients are not finite
+
+
 def main_guard(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command's main; what the user can put right ends as one sentence on stderr and exit code 1."""
     try:
         sys.exit(main() or 0)
     except ValidationError as error:
         _fail(first_error(error))
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        _fail(str(error))
     except BrokenPipeError:
         sys.exit(141)  # the reader of our output went away, as `| head` does: 128 + SIGPIPE
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    except FloatingPointError as error:
+        _fail(str(error), exit_code=NON_FINITE)
 
 
-def _fail(sentence: str) -> NoReturn:
+def _fail(sentence: str, exit_code: int = 1) -> NoReturn:
     program = Path(sys.argv[0]).name
     print(f"{program}: error: {sentence}", file=sys.stderr, flush=True)
-    sys.exit(1)
+    sys.exit(exit_code)

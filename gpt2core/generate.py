@@ -25,8 +25,18 @@ def generate(
 ) -> list[str]:
     """Continuations of the prompt, each with the prompt in front, up to <|endoftext|> or `max_new_tokens`.
 
-    temperature 0 takes the likeliest token each time. Raises ValueError for a prompt that leaves no room.
+    temperature 0 takes the likeliest token each time. Raises ValueError for a prompt that leaves no room, or a number
+    that makes no sense.
     """
+    for name, value, least in [
+        ("max_new_tokens", max_new_tokens, 1),
+        ("samples", samples, 1),
+        ("top_k", top_k or 1, 1),
+    ]:
+        if value < least:
+            raise ValueError(f"{name} {value}: at least {least} is needed")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature {temperature}: a number from 0 up is needed")
     device = next(model.parameters()).device
     ids = encoding().encode_ordinary(prompt) or [EOT]
     room = model.config.context_length - len(ids)
@@ -44,7 +54,7 @@ def generate(
         done |= chosen[:, 0] == EOT
         if done.all():
             break
-    return [_text(row, len(ids)) for row in tokens.tolist()]
+    return [prompt + _text(row[len(ids) :]) for row in tokens.tolist()]
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int | None, rng: torch.Generator) -> Tensor:
@@ -57,7 +67,6 @@ def _choose(logits: Tensor, temperature: float, top_k: int | None, rng: torch.Ge
     return torch.multinomial((logits / temperature).softmax(1), 1, generator=rng)
 
 
-def _text(tokens: list[int], prompt_length: int) -> str:
-    generated = tokens[prompt_length:]
+def _text(generated: list[int]) -> str:
     end = generated.index(EOT) if EOT in generated else len(generated)
-    return encoding().decode(tokens[: prompt_length + end])
+    return encoding().decode(generated[:end])

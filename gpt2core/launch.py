@@ -26,6 +26,10 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(8 <<
 def num_processes(wanted: int | Literal["auto"], device: str) -> int:
     """How many training processes to start. Raises ValueError for more than there are GPUs."""
     gpus = 0 if device in ("cpu", "mps") else count_gpus()
+    if device == "cuda" and not gpus:
+        raise ValueError(
+            "device cuda: this machine shows no GPU (torch.cuda.is_available() is False); use --device cpu"
+        )
     if wanted == "auto":
         return max(1, gpus)
     if gpus and wanted > gpus:
@@ -97,9 +101,19 @@ def run_in_foreground(command: list[str], nproc: int) -> int:
 
     signal.signal(signal.SIGTERM, leave)
     try:
-        return run(command, lambda line: print(line, flush=True), nproc)
+        return run(command, tell, nproc)
     except KeyboardInterrupt:
         return 0
+
+
+def tell(line: str) -> None:
+    """Prints a line for whoever watches; when the watcher is gone, the work goes on without one."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
 
 
 def die_with_parent() -> None:

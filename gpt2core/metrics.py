@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from gpt2core.config import RunConfig
+from gpt2core.launch import tell
 from gpt2core.run_folder import RunFolder, read_json_lines, write_text
 
 # Where TensorBoard shows each number.
@@ -31,10 +34,11 @@ class MetricsLog:
     """Appends to the three logs of a run. Opened to resume at a step, it drops what a crashed attempt logged beyond."""
 
     def __init__(self, folder: RunFolder, *, resume_at: int | None, use_tensorboard: bool) -> None:
+        self._warned = False
         folder.log_file.parent.mkdir(parents=True, exist_ok=True)
-        if resume_at is not None:
-            kept = [line for line in read_json_lines(folder.metrics_file) if line["step"] <= resume_at]
-            write_text(folder.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+        lines = read_json_lines(folder.metrics_file)
+        kept = [line for line in lines if resume_at is None or line["step"] <= resume_at]
+        write_text(folder.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = folder.metrics_file.open("a", encoding="utf-8", buffering=1)
         self._text = folder.log_file.open("a", encoding="utf-8", buffering=1)
         purge_step = None if resume_at is None else resume_at + 1
@@ -43,30 +47,28 @@ class MetricsLog:
     def say(self, message: str) -> None:
         """One line to the terminal and to log.txt."""
         line = f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}"
-        print(line, flush=True)
-        self._text.write(line + "\n")
+        self._keep_going(lambda: self._text.write(line + "\n"))
+        tell(line)
 
     def numbers(self, step: int, **values: float) -> None:
         """One measurement to all three: 'step=250 loss=3.2118 lr=0.00035', the same names in metrics.jsonl."""
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self._keep_going(lambda: self._metrics.write(json.dumps({"step": step, **values}) + "\n"))
         self.say(f"step={step} " + " ".join(f"{name}={_short(value)}" for name, value in values.items()))
-        if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(TENSORBOARD_TAGS.get(name, name), value, step)
+        for name, value in values.items() if self._board else ():
+            self._on_board("add_scalar", TENSORBOARD_TAGS.get(name, name), value, step)
 
     def sample(self, step: int, text: str) -> None:
         self.say(f"step={step} sample: {text!r}")
-        if self._board:
-            self._board.add_text("sample", text, step)
+        self._on_board("add_text", "sample", text, step)
 
     def histograms(self, step: int, model: nn.Module) -> None:
         """Parameters and gradients of every tensor."""
         if not self._board:
             return
         for name, parameter in model.named_parameters():
-            self._board.add_histogram(f"parameters/{name}", parameter.detach().float().cpu(), step)
+            self._on_board("add_histogram", f"parameters/{name}", parameter.detach().float().cpu(), step)
             if parameter.grad is not None and _is_finite(parameter.grad):
-                self._board.add_histogram(f"gradients/{name}", parameter.grad.float().cpu(), step)
+                self._on_board("add_histogram", f"gradients/{name}", parameter.grad.float().cpu(), step)
 
     def hyperparameters(self, config: RunConfig, results: dict[str, float]) -> None:
         """Fills TensorBoard's HParams tab: the settings, and the metrics that they led to."""
@@ -79,15 +81,28 @@ class MetricsLog:
         }
         metrics: dict[str, Any] = {f"final/{name}": value for name, value in results.items()}
         for summary in hparams(settings, metrics):
-            self._board._get_file_writer().add_summary(summary)
+            self._keep_going(partial(self._board._get_file_writer().add_summary, summary))
         for tag, value in metrics.items():
-            self._board.add_scalar(tag, value)
+            self._on_board("add_scalar", tag, value)
 
     def close(self) -> None:
-        self._metrics.close()
-        self._text.close()
+        for file in (self._metrics, self._text, self._board):
+            if file:
+                self._keep_going(file.close)
+
+    def _on_board(self, method: str, *values: Any) -> None:
+        """Calls a method of TensorBoard's writer, if there is one."""
         if self._board:
-            self._board.close()
+            self._keep_going(lambda: getattr(self._board, method)(*values))
+
+    def _keep_going(self, write: Callable[[], object]) -> None:
+        """A log that cannot be written (a full disk) is a warning, once, and no reason to stop training."""
+        try:
+            write()
+        except OSError as error:
+            if not self._warned:
+                tell(f"WARNING: the logs cannot be written ({error}): training goes on without them")
+            self._warned = True
 
 
 def _short(value: float) -> str:

@@ -37,15 +37,8 @@ def promote(artifacts_dir: str | Path, run_name: str) -> Promotion:
     Raises ValueError when the run has no measured checkpoint.
     """
     artifacts, folder = Path(artifacts_dir), RunFolder(artifacts_dir, run_name)
-    checkpoint, evaluation = best_candidate(folder)
-    candidate = Contender(
-        run_name=run_name,
-        checkpoint=checkpoint.name,
-        step=evaluation.step,
-        val_loss=evaluation.val_loss,
-        val_fingerprint=evaluation.val_fingerprint,
-    )
     holder = current_best(artifacts)
+    checkpoint, evaluation, candidate = best_candidate(folder, holder)
     promoted, reason = judge(candidate, holder)
     decision = Promotion(
         promoted=promoted,
@@ -60,8 +53,11 @@ def promote(artifacts_dir: str | Path, run_name: str) -> Promotion:
     return decision
 
 
-def best_candidate(folder: RunFolder) -> tuple[Checkpoint, Evaluation]:
-    """The run's checkpoint with the lowest measured loss; one without a measurement, or with NaN, is no candidate."""
+def best_candidate(folder: RunFolder, holder: Contender | None) -> tuple[Checkpoint, Evaluation, Contender]:
+    """The run's checkpoint with the lowest measured loss, among those measured on the holder's data if there are any.
+
+    One without a measurement, or with NaN, is no candidate.
+    """
     checkpoints = CheckpointFolder(folder.checkpoints).all()
     by_content = {checkpoint.sidecar.sha256: checkpoint for checkpoint in reversed(checkpoints)}
     candidates = []
@@ -73,23 +69,36 @@ def best_candidate(folder: RunFolder) -> tuple[Checkpoint, Evaluation]:
                 f"{path} is no evaluation ({error.errors()[0]['msg']}): remove it and evaluate again"
             ) from None
         if evaluation.sha256 in by_content and evaluation.val_loss == evaluation.val_loss:
-            candidates.append((by_content[evaluation.sha256], evaluation))
+            checkpoint = by_content[evaluation.sha256]
+            candidates.append((checkpoint, evaluation, _contender(checkpoint, evaluation)))
     if not candidates:
         raise ValueError(
             f"{folder.path} has no measured checkpoint to promote: "
             f"run `gpt2 evaluate --run_name {folder.path.name} --checkpoint best` first"
         )
-    return min(candidates, key=lambda pair: (pair[1].val_loss, pair[1].step))
+    comparable = [found for found in candidates if holder and found[2].compares_with(holder)]
+    return min(comparable or candidates, key=lambda found: (found[2].val_loss, found[2].step))
+
+
+def _contender(checkpoint: Checkpoint, evaluation: Evaluation) -> Contender:
+    return Contender(
+        run_name=evaluation.run_name,
+        checkpoint=checkpoint.name,
+        step=evaluation.step,
+        val_loss=evaluation.val_loss,
+        val_fingerprint=evaluation.val_fingerprint,
+        val_tokens=evaluation.val_tokens,
+    )
 
 
 def judge(candidate: Contender, holder: Contender | None) -> tuple[bool, str]:
     """Whether the candidate takes the place, and why; a tie never does."""
     if holder is None:
         return True, f"first to be promoted, val_loss {candidate.val_loss:.4f}"
-    if holder.val_fingerprint != candidate.val_fingerprint:
+    if not candidate.compares_with(holder):
         return False, (
             f"measured on other validation data than {holder.run_name} step {holder.step}, so the losses do not compare; "
-            f"evaluate both on one --data_dir, or remove artifacts/best"
+            f"evaluate both on one --data_dir and --val_tokens, or remove artifacts/best"
         )
     margin = f"val_loss {candidate.val_loss:.4f} against {holder.val_loss:.4f} of {holder.run_name} step {holder.step}"
     if candidate.val_loss < holder.val_loss:

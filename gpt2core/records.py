@@ -63,6 +63,11 @@ class Contender(Record):
     step: int
     val_loss: float
     val_fingerprint: str
+    val_tokens: int
+
+    def compares_with(self, other: Contender) -> bool:
+        """Whether both were measured on the same tokens."""
+        return (self.val_fingerprint, self.val_tokens) == (other.val_fingerprint, other.val_tokens)
 
 
 class Promotion(Record):

@@ -17,7 +17,7 @@ from gpt2core.checkpoint_folder import CheckpointFolder
 from gpt2core.config import RunConfig
 from gpt2core.distributed import Ranks, StopRequest
 from gpt2core.flags import Parser, add_recipe, add_settings, main_guard, run_config
-from gpt2core.launch import die_with_parent
+from gpt2core.launch import die_with_parent, tell
 from gpt2core.metrics import MetricsLog
 from gpt2core.preflight import preflight
 from gpt2core.run_folder import RunFolder
@@ -114,7 +114,7 @@ def restore(trainer: Trainer, checkpoints: CheckpointFolder, resume: str | None)
 
 
 def warn(message: str) -> None:
-    print(f"WARNING: {message}", flush=True)
+    tell(f"WARNING: {message}")
 
 
 def describe(ranks: Ranks) -> str:

@@ -21,6 +21,7 @@ from gpt2core.distributed import Ranks, StopRequest, pick_dtype, use_compile
 from gpt2core.evaluation import validation_loss
 from gpt2core.generate import generate
 from gpt2core.hellaswag import Example, evaluate_hellaswag, load_hellaswag
+from gpt2core.launch import tell
 from gpt2core.loader import Loader, Sequences
 from gpt2core.metrics import MetricsLog
 from gpt2core.model import GPT
@@ -81,6 +82,7 @@ class Trainer:
         self.val_loss: float | None = None
         self.best_val_loss: float | None = None
         self.skipped_in_a_row = torch.zeros((), device=ranks.device)
+        self.skipped = 0  # the same number, as last read off the device
 
     # --- the story ---
 
@@ -111,10 +113,10 @@ class Trainer:
                 log.sample(self.step, generate(self.raw_model)[0])
             if log and self.is_due(train.histogram_freq):
                 log.histograms(self.step, self.raw_model)
-            if (self.is_due(train.checkpoint_freq) or at_end_of_epoch or best or last) and self.save(
-                checkpoints, log, at_end_of_epoch=at_end_of_epoch, best=best, must_succeed=last
-            ):
-                saved_at = self.step
+            is_save_due = self.is_due(train.checkpoint_freq) or at_end_of_epoch or best
+            if last or (is_save_due and not self.skipped):  # weights with gradients that are not finite are not kept
+                saved = self.save(checkpoints, log, at_end_of_epoch=at_end_of_epoch, best=best, must_succeed=last)
+                saved_at = self.step if saved else saved_at
             since += time.perf_counter() - aside  # what is done beside training is not the training step's time
         if log and stop.signal and stopped:
             log.say(f"{stop.signal.name}: saved at step {saved_at}; go on with --resume latest")
@@ -127,9 +129,7 @@ class Trainer:
         train = self.config.train
         lr = learning_rate(self.step, self.max_steps, train)
         set_learning_rate(self.optimizer, lr)
-        self.optimizer.zero_grad(
-            set_to_none=True
-        )  # here, not after the update, so that they can be looked at between steps
+        self.optimizer.zero_grad(set_to_none=True)  # not after the update: histograms look at them between steps
         loss = torch.zeros((), device=self.ranks.device)
         for micro_step in range(self.accum_steps):
             inputs, targets = self.loader.next_batch()  # each (B, T)
@@ -160,7 +160,7 @@ class Trainer:
     def log_step(self, result: StepResult, log: MetricsLog | None, seconds: float, steps: int) -> None:
         """Reads the step's numbers off the device and logs them; `steps` steps took `seconds`."""
         loss = self.ranks.sum(result.loss.clone()).item() / self.ranks.world_size
-        skipped = int(self.skipped_in_a_row.item())
+        self.skipped = skipped = int(self.skipped_in_a_row.item())
         self.train_seconds += seconds
         self.train_loss = loss
         if log:
@@ -296,7 +296,7 @@ def _hellaswag_examples(evaluation: EvalConfig) -> list[Example] | None:
     except ValueError as error:
         if evaluation.hellaswag != EvalConfig().hellaswag:
             raise
-        print(f"WARNING: training goes on without HellaSwag: {error}", flush=True)
+        tell(f"WARNING: training goes on without HellaSwag: {error}")
         return None
 
 

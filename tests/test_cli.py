@@ -10,6 +10,8 @@ import torch
 
 from gpt2core.cli import COMMANDS, run
 
+pytestmark = pytest.mark.slow  # each test starts trainers or other processes
+
 TINY = ["--run_name", "tiny", "--artifacts_dir"]
 
 

@@ -14,6 +14,8 @@ import pytest
 from gpt2core.evaluate import add_arguments, describe, evaluate
 from gpt2core.records import Evaluation
 
+pytestmark = pytest.mark.slow  # each test starts trainers or other processes
+
 
 @pytest.fixture(scope="session")
 def hellaswag(lab: Any) -> Path:

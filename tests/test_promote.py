@@ -19,7 +19,7 @@ from gpt2core.records import Contender, Evaluation, current_best
 
 def contender(val_loss: float, fingerprint: str = "same", **changes: Any) -> Contender:
     fields = {"run_name": "a", "checkpoint": "latest", "step": 1, "val_loss": val_loss, "val_fingerprint": fingerprint}
-    return Contender.model_validate(fields | changes)
+    return Contender.model_validate(fields | {"val_tokens": 1024} | changes)
 
 
 def record(run: Path, checkpoint: str, val_loss: float, **changes: Any) -> None:

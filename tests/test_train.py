@@ -19,6 +19,8 @@ from gpt2core.config import ModelConfig, RunConfig
 from gpt2core.model import GPT
 from gpt2core.optim import learning_rate
 
+pytestmark = pytest.mark.slow  # each test starts trainers or other processes
+
 # --- what a run leaves -----------------------------------------------------------------------------------------------
 
 

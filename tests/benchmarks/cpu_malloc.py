@@ -1,6 +1,6 @@
 """How much faster CPU training is when glibc keeps freed memory: the demo's model, both ways in one run, as a ratio.
 
-    python tests/benchmarks/cpu_malloc.py
+python tests/benchmarks/cpu_malloc.py
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def tokens_per_sec() -> float:
 
 def measure(environment: dict[str, str]) -> float:
     command = [sys.executable, __file__, "--one"]
-    return float(subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True).stdout)
+    return float(
+        subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True).stdout
+    )
 
 
 if __name__ == "__main__":
@@ -46,4 +48,6 @@ if __name__ == "__main__":
         print(tokens_per_sec())
     else:
         plain, kept = measure({}), measure(KEEP_FREED_MEMORY)
-        print(f"glibc's default {plain:,.0f} tokens/s, freed memory kept {kept:,.0f} tokens/s, ratio {kept / plain:.2f}")
+        print(
+            f"glibc's default {plain:,.0f} tokens/s, freed memory kept {kept:,.0f} tokens/s, ratio {kept / plain:.2f}"
+        )
