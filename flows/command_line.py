@@ -12,6 +12,7 @@ from gpt2core.flags import Parser, add_recipe, add_settings, launch_config, main
 from gpt2core.listing import duration, number, show, table
 from gpt2core.records import Stage
 from gpt2core.run_folder import RunFolder
+from tasks.stage_process import StageError
 
 
 def main(pretrain: Callable[..., list[Stage]]) -> None:
@@ -25,15 +26,20 @@ def _run(pretrain: Callable[..., list[Stage]]) -> None:
     add_settings(parser, LaunchConfig)
     arguments = parser.parse_args()
     config, launched = run_config(arguments), launch_config(arguments)
-    stages = pretrain(
-        run_name=config.run_name,
-        artifacts_dir=config.artifacts_dir,
-        model=config.model,
-        data=config.data,
-        train=config.train,
-        evaluation=config.evaluation,
-        launch=launched,
-    )
+    try:
+        stages = pretrain(
+            run_name=config.run_name,
+            artifacts_dir=config.artifacts_dir,
+            model=config.model,
+            data=config.data,
+            train=config.train,
+            evaluation=config.evaluation,
+            launch=launched,
+        )
+    except StageError as error:
+        raise ValueError(
+            str(error).splitlines()[-1]
+        ) from None  # the stage's own last word; all of it is in the log above
     _show(config, stages)
 
 

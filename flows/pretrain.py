@@ -10,6 +10,7 @@ from prefect import flow
 
 from gpt2core.checkpoint_folder import epoch_name
 from gpt2core.config import DataConfig, EvalConfig, LaunchConfig, ModelConfig, RunConfig, TrainConfig
+from gpt2core.preflight import claim_run
 from gpt2core.records import Stage
 from tasks.evaluate_checkpoint import evaluate_checkpoint
 from tasks.prepare_dataset import prepare_dataset
@@ -32,6 +33,7 @@ def pretrain(
     config = RunConfig(
         run_name=run_name, artifacts_dir=artifacts_dir, model=model, data=data, train=train, evaluation=evaluation
     )
+    claim_run(config, launch)
     stages = [prepare_dataset(data)]
     for epoch in range(1, train.num_epochs + 1):
         stages.append(train_epoch(config, launch, epoch))

@@ -6,9 +6,19 @@ import shutil
 from pathlib import Path
 
 from gpt2core.checkpoint_folder import CheckpointFolder
-from gpt2core.config import RunConfig
+from gpt2core.config import LaunchConfig, RunConfig
+from gpt2core.launch import num_processes
 from gpt2core.run_folder import RunFolder
 from gpt2core.shards import open_shards
+
+
+def claim_run(config: RunConfig, launched: LaunchConfig) -> None:
+    """Writes the run's config.json, after the checks that need no data: before hours of preparation, not after.
+
+    Raises ValueError when the batch does not divide, a GPU is not there, or the folder holds a run with other settings.
+    """
+    config.grad_accum_steps(num_processes(launched.nproc_per_node, config.train.device))
+    RunFolder.of(config).claim(config)
 
 
 def preflight(config: RunConfig, world_size: int) -> list[str]:

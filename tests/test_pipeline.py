@@ -167,6 +167,29 @@ def test_pipeline_survives_a_killed_rank_and_a_second_run_skips_what_is_done(tmp
     assert (run / "checkpoints" / "latest.pt").stat().st_ino == before
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"mini_batch_size": 3}, "does not divide into mini_batch_size 3"),
+        ({"source": "no/such/text.txt"}, "source no/such/text.txt: there is no such file"),
+    ],
+)
+def test_what_no_retry_can_cure_fails_at_once_with_a_sentence(tmp_path, environment, wrong, sentence):
+    failed = subprocess.run(
+        [sys.executable, "-m", "flows.pretrain", *flags(tiny(tmp_path) | wrong)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert failed.returncode == 1
+    assert [line for line in failed.stderr.splitlines() if "error: " in line and sentence in line]
+    assert "AwaitingRetry" not in failed.stdout + failed.stderr
+    assert not (tmp_path / "artifacts" / "tiny" / "metrics.jsonl").exists()
+
+
 @pytest.fixture
 def server(tmp_path: Path, environment: dict[str, str]) -> Iterator[dict[str, str]]:
     """A Prefect server on a free local port; yields the environment of its clients."""
