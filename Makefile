@@ -23,7 +23,8 @@ demo: setup
 	$(DEMO)
 
 demo-clean:
-	rm -rf data/demo artifacts/demo
+	rm -rf data/demo artifacts/demo artifacts/promoted/*_demo_step_*
+	test -e artifacts/best || rm -f artifacts/best
 
 check: setup
 	$(BIN)/ruff check .

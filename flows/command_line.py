@@ -12,7 +12,6 @@ from gpt2core.flags import Parser, add_recipe, add_settings, launch_config, main
 from gpt2core.listing import duration, number, show, table
 from gpt2core.records import Stage
 from gpt2core.run_folder import RunFolder
-from tasks.stage_process import StageError
 
 
 def main(pretrain: Callable[..., list[Stage]]) -> None:
@@ -26,20 +25,15 @@ def _run(pretrain: Callable[..., list[Stage]]) -> None:
     add_settings(parser, LaunchConfig)
     arguments = parser.parse_args()
     config, launched = run_config(arguments), launch_config(arguments)
-    try:
-        stages = pretrain(
-            run_name=config.run_name,
-            artifacts_dir=config.artifacts_dir,
-            model=config.model,
-            data=config.data,
-            train=config.train,
-            evaluation=config.evaluation,
-            launch=launched,
-        )
-    except StageError as error:
-        raise ValueError(
-            str(error).splitlines()[-1]
-        ) from None  # the stage's own last word; all of it is in the log above
+    stages = pretrain(
+        run_name=config.run_name,
+        artifacts_dir=config.artifacts_dir,
+        model=config.model,
+        data=config.data,
+        train=config.train,
+        evaluation=config.evaluation,
+        launch=launched,
+    )
     _show(config, stages)
 
 
@@ -54,13 +48,15 @@ def _show(config: RunConfig, stages: list[Stage]) -> None:
             number(stage.acc_norm),
             None if stage.tokens_per_sec is None else f"{stage.tokens_per_sec:,.0f}",
             duration(stage.duration_s),
-            stage.note,
         )
         for stage in stages
     ]
-    columns = ("stage", "step", "train loss", "val loss", "acc", "acc_norm", "tokens/s", "duration", "note")
+    columns = ("stage", "step", "train loss", "val loss", "acc", "acc_norm", "tokens/s", "time")
     print()
     show(table(f"{config.run_name}: stages", columns, rows))
+    for stage in stages:
+        if stage.note:
+            print(f"{stage.stage}{'' if stage.step is None else f' (step {stage.step})'}: {stage.note}")
     folder = RunFolder.of(config)
     best = Path(config.artifacts_dir) / "best"
     command = [sys.executable, "-m", "gpt2core.cli"]

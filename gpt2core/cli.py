@@ -65,7 +65,7 @@ def promote(argv: list[str]) -> None:
     )
     promotion.add_arguments(parser)
     arguments = parser.parse_args(argv)
-    print(promotion.describe(promotion.promote(arguments.artifacts_dir, arguments.run_name)))
+    print(promotion.describe(promotion.promote(arguments.artifacts_dir, arguments.run_name, arguments.force)))
 
 
 def generate(argv: list[str]) -> None:

@@ -51,6 +51,8 @@ def age(moment: str) -> str:
 
 def print_checkpoints(path: Path) -> None:
     """All committed checkpoints of a folder, newest first, with what they take on disk together."""
+    if not path.is_dir():
+        raise ValueError(f"{path}: there is no such folder; name the run with --run_name")
     folder = CheckpointFolder(path)
     rows = [
         (
@@ -75,10 +77,13 @@ def print_checkpoints(path: Path) -> None:
 
 def print_status(artifacts: Path) -> None:
     """Every run under the folder: how far, how good, how fast, when saved; and the promoted model."""
-    rows = [_status_row(path) for path in sorted(artifacts.glob("*/config.json"))]
-    if not rows:
+    if not artifacts.is_dir():
+        raise ValueError(f"--artifacts_dir {artifacts}: there is no such folder")
+    configs = [path for path in sorted(artifacts.glob("*/config.json")) if (path.parent / "checkpoints").is_dir()]
+    if not configs:
         print(f"no runs in {artifacts}")
         return
+    rows = [_status_row(path) for path in configs]
     columns = ("run", "step", "of", "train loss", "val loss", "acc_norm", "tokens/s", "to go", "saved", "age", "disk")
     show(table(f"runs in {artifacts}", columns, rows))
     best = current_best(artifacts)
@@ -93,7 +98,8 @@ def _status_row(config_file: Path) -> tuple[Any, ...]:
         train = read_config(config_file).train
     except (ValueError, ValidationError) as error:
         return (folder.path.name, f"unreadable: {error}", *[None] * 9)
-    latest = {name: value for line in folder.metrics() for name, value in line.items()}
+    in_order = sorted(folder.metrics(), key=lambda line: line["step"])  # an evaluation may come after later steps
+    latest = {name: value for line in in_order for name, value in line.items()}
     checkpoints = CheckpointFolder(folder.checkpoints)
     saved = checkpoints.find(LATEST)
     steps = None if train.steps_per_epoch == "auto" else train.num_epochs * train.steps_per_epoch

@@ -36,9 +36,9 @@ class MetricsLog:
     def __init__(self, folder: RunFolder, *, resume_at: int | None, use_tensorboard: bool) -> None:
         self._warned = False
         folder.log_file.parent.mkdir(parents=True, exist_ok=True)
-        lines = read_json_lines(folder.metrics_file)
-        kept = [line for line in lines if resume_at is None or line["step"] <= resume_at]
-        write_text(folder.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+        if resume_at is not None:  # else another process may be writing it: only append
+            kept = [line for line in read_json_lines(folder.metrics_file) if line["step"] <= resume_at]
+            write_text(folder.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = folder.metrics_file.open("a", encoding="utf-8", buffering=1)
         self._text = folder.log_file.open("a", encoding="utf-8", buffering=1)
         purge_step = None if resume_at is None else resume_at + 1

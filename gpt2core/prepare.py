@@ -53,10 +53,11 @@ def prepare(data: DataConfig, progress: Progress = print) -> Manifest:
 
     Raises ValueError when the source or the folder will not do, naming it.
     """
-    sources = list_sources(data)
-    if manifest := begin(data, sources):
+    if manifest := complete(data):
         progress(f"{data.data_dir} is complete: {describe(manifest)}")
         return manifest
+    sources = list_sources(data)
+    begin(data, sources)
     for number, record in enumerate(_tokenize_all(data, sources), start=1):
         progress(f"[{number}/{len(sources)}] {record.url}: {record.documents:,} documents, {record.tokens:,} tokens")
     manifest = assemble(data, sources, progress)
@@ -201,20 +202,39 @@ def _first_line(error: BaseException) -> str:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def begin(data: DataConfig, sources: list[str]) -> Manifest | None:
-    """Makes the folder ready for parts; returns the manifest instead when the dataset is complete.
+def complete(data: DataConfig) -> Manifest | None:
+    """The manifest of the dataset if it is there, made from this source with these options; the source is not asked.
+
+    Raises ValueError when the folder holds a dataset made from something else.
+    """
+    manifest = read_manifest(Path(data.data_dir))
+    if manifest is None:
+        return None
+    wanted = _options(data)
+    made_of = manifest.model_dump(include=set(wanted))
+    if made_of != wanted:
+        raise ValueError(
+            f"{data.data_dir} holds another dataset ({_difference(made_of, wanted)}): give another --data_dir or remove it"
+        )
+    return manifest
+
+
+def is_ready_made(data: DataConfig) -> bool:
+    """Whether the folder holds shards that were made elsewhere, as build-nanogpt makes them: no manifest, no parts."""
+    folder = Path(data.data_dir)
+    if not folder.is_dir() or (folder / MANIFEST).exists() or (folder / PARTS).exists():
+        return False
+    splits = {match["split"] for path in folder.iterdir() if (match := SHARD_NAME.match(path.name))}
+    return splits == {"train", "val"}
+
+
+def begin(data: DataConfig, sources: list[str]) -> None:
+    """Makes the folder ready for parts.
 
     Raises ValueError when the folder holds something else, which stays as it is.
     """
     folder = Path(data.data_dir)
-    wanted = _identity(data, sources)
-    if manifest := read_manifest(folder):
-        made_of = _identity_of(manifest)
-        if made_of == wanted:
-            return manifest
-        raise ValueError(
-            f"{folder} holds another dataset ({_difference(made_of, wanted)}): give another --data_dir or remove it"
-        )
+    wanted = _options(data) | {"sources": sources}
     plan = folder / PARTS / "plan.json"
     if plan.exists():
         begun = json.loads(plan.read_text(encoding="utf-8"))
@@ -232,24 +252,17 @@ def begin(data: DataConfig, sources: list[str]) -> Manifest | None:
         )
     else:
         write_json(plan, wanted)
-    return None
 
 
-def _identity(data: DataConfig, sources: list[str]) -> dict[str, Any]:
-    """What the shards depend on."""
+def _options(data: DataConfig) -> dict[str, Any]:
+    """What the shards depend on, beside the source's files."""
     return {
         "source": data.source,
         "source_config": data.hub_config(),
         "text_column": data.text_column,
         "shard_size": data.shard_size,
         "tokenizer_sha256": VOCAB_BPE_SHA256,
-        "sources": sources,
     }
-
-
-def _identity_of(manifest: Manifest) -> dict[str, Any]:
-    found = manifest.model_dump(include={"source", "source_config", "text_column", "shard_size", "tokenizer_sha256"})
-    return found | {"sources": [source.url for source in manifest.sources]}
 
 
 def _difference(there: dict[str, Any], wanted: dict[str, Any]) -> str:
@@ -323,7 +336,7 @@ def assemble(data: DataConfig, sources: list[str], progress: Progress = print) -
             np.save(file, tokens)
         shards.append(ShardRecord(name=path.name, tokens=tokens.size, sha256=file_sha256(path)))
         progress(f"{path.name}: {tokens.size:,} tokens")
-    manifest = Manifest(**_identity(data, sources) | {"sources": records, "shards": shards, "eot_token": EOT})
+    manifest = Manifest(**_options(data) | {"sources": records, "shards": shards, "eot_token": EOT})
     write_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
     shutil.rmtree(folder / PARTS)
     return manifest

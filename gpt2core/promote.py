@@ -29,9 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = RunConfig()
     parser.add_argument("--run_name", default=defaults.run_name, help="run whose measured checkpoints are candidates")
     parser.add_argument("--artifacts_dir", default=defaults.artifacts_dir, help="folder of the runs and of best/")
+    parser.add_argument("--force", action="store_true", help="replace a best that was measured on other data")
 
 
-def promote(artifacts_dir: str | Path, run_name: str) -> Promotion:
+def promote(artifacts_dir: str | Path, run_name: str, force: bool = False) -> Promotion:
     """Decides on the run's candidate of lowest validation loss; only a strictly lower loss than best's is promoted.
 
     Raises ValueError when the run has no measured checkpoint.
@@ -40,6 +41,8 @@ def promote(artifacts_dir: str | Path, run_name: str) -> Promotion:
     holder = current_best(artifacts)
     checkpoint, evaluation, candidate = best_candidate(folder, holder)
     promoted, reason = judge(candidate, holder)
+    if force and holder and not candidate.compares_with(holder):
+        promoted, reason = True, f"by --force, in place of {holder.run_name}, which was measured on other data"
     decision = Promotion(
         promoted=promoted,
         reason=reason,
@@ -50,6 +53,7 @@ def promote(artifacts_dir: str | Path, run_name: str) -> Promotion:
     if promoted:
         _publish(artifacts, checkpoint, evaluation, decision)
     _remember(artifacts, decision)
+    write_text(folder.promotion_file, decision.model_dump_json(indent=2) + "\n")
     return decision
 
 
@@ -98,7 +102,7 @@ def judge(candidate: Contender, holder: Contender | None) -> tuple[bool, str]:
     if not candidate.compares_with(holder):
         return False, (
             f"measured on other validation data than {holder.run_name} step {holder.step}, so the losses do not compare; "
-            f"evaluate both on one --data_dir and --val_tokens, or remove artifacts/best"
+            f"evaluate both on one --data_dir and --val_tokens, or replace it with --force"
         )
     margin = f"val_loss {candidate.val_loss:.4f} against {holder.val_loss:.4f} of {holder.run_name} step {holder.step}"
     if candidate.val_loss < holder.val_loss:
@@ -153,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     add_arguments(parser)
     die_with_parent()
     arguments = parser.parse_args(argv)
-    print(describe(promote(arguments.artifacts_dir, arguments.run_name)))
+    print(describe(promote(arguments.artifacts_dir, arguments.run_name, arguments.force)))
 
 
 if __name__ == "__main__":

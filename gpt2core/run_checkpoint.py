@@ -52,7 +52,7 @@ def load_named(name: str, folder: RunFolder) -> NamedCheckpoint:
         return _promoted(Path(name))
     there = ", ".join(checkpoint.name for checkpoint in checkpoints.all()) or "none"
     raise ValueError(
-        f"checkpoint {name}: there is no such file, nor one of that name in {folder.checkpoints} (there are: {there})"
+        f"checkpoint {name}: there is no such file, nor one of that name in {folder.checkpoints} (there are: {there}); the promoted model is --checkpoint {folder.path.parent / 'best'}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ class RunFolder:
         self.log_file = self.path / "logs" / "log.txt"
         self.metrics_file = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations"
+        self.promotion_file = self.path / "promotion.json"  # the last decision on this run
         self.reports = self.path / "reports"
 
     @classmethod
@@ -92,10 +94,10 @@ def fsync_folder(path: Path) -> None:
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line without its line end was cut short and is left out."""
+    """The objects of a JSON-lines file; what a crash cut short is left out, with what was appended to it."""
     if not path.exists():
         return
     with path.open(encoding="utf-8") as file:
         for line in file:
-            if line.endswith("\n"):
+            with contextlib.suppress(json.JSONDecodeError):
                 yield json.loads(line)

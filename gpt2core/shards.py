@@ -16,12 +16,13 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gpt2core.config import first_error
+from gpt2core.config import VOCAB_SIZE, first_error
 
 Split = Literal["train", "val"]
 
 SHARD_NAME = re.compile(r"^(?P<prefix>.*)_(?P<split>train|val)_(?P<index>\d{6})\.npy$")
 MANIFEST = "manifest.json"
+PROBED_TOKENS = 65_536  # looked at, from the front and the back of a shard, when it is opened
 
 
 def shard_name(index: int) -> str:
@@ -122,6 +123,8 @@ def _map_tokens(path: Path) -> np.ndarray:
             f"{path} is not a token shard: it holds {tokens.dtype} of shape {tokens.shape}, "
             f"and a shard is one row of at least two uint16 tokens"
         )
+    if max(tokens[:PROBED_TOKENS].max(), tokens[-PROBED_TOKENS:].max()) >= VOCAB_SIZE:
+        raise ValueError(f"{path} is no shard of GPT-2 tokens: it holds ids of {VOCAB_SIZE} and more, so it is foreign")
     return tokens
 
 

@@ -56,6 +56,8 @@ def train(config: RunConfig, *, resume: str | None, force: bool = False, stop_ep
     stop = StopRequest()
     die_with_parent()
     refuse_silent_overwrite(config, resume)
+    if stop_epoch is not None and stop_epoch < 1:
+        raise ValueError(f"--stop_epoch {stop_epoch}: epochs are counted from 1")
     ranks = Ranks.join(config.train.device)
     folder = RunFolder.of(config)
     findings = preflight(config, ranks.world_size)

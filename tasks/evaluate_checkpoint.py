@@ -11,7 +11,7 @@ from gpt2core.checkpoint_folder import BEST, CheckpointFolder
 from gpt2core.records import Stage
 from gpt2core.report import evaluations
 from gpt2core.run_folder import RunFolder
-from tasks.stage_process import StageError, run_stage
+from tasks.stage_process import StageError, run_stage, worth_a_retry
 
 
 @task(
@@ -19,6 +19,7 @@ from tasks.stage_process import StageError, run_stage
     task_run_name="evaluate-{checkpoint} ({run_name})",
     retries=2,
     retry_delay_seconds=10,
+    retry_condition_fn=worth_a_retry,
     cache_policy=NO_CACHE,
 )
 def evaluate_checkpoint(

@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from gpt2core.config import DataConfig
 from gpt2core.flags import as_flags
-from gpt2core.prepare import describe
+from gpt2core.prepare import describe, is_ready_made
 from gpt2core.records import Stage
 from gpt2core.shards import read_manifest
 from tasks.stage_process import StageError, run_stage
@@ -20,6 +20,9 @@ from tasks.stage_process import StageError, run_stage
 def prepare_dataset(data: DataConfig) -> Stage:
     """Makes the shards and their manifest in data.data_dir; what is there already is not made again."""
     started = time.perf_counter()
+    if is_ready_made(data):
+        note = "shards without a manifest, used as they are"
+        return Stage(stage="prepare dataset", duration_s=time.perf_counter() - started, note=note)
     before = read_manifest(Path(data.data_dir))
     run_stage("gpt2core.prepare", as_flags(data))
     manifest = read_manifest(Path(data.data_dir))

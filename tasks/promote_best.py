@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from gpt2core.records import Promotion, Stage
-from gpt2core.run_folder import read_json_lines
-from tasks.stage_process import run_stage
+from gpt2core.run_folder import RunFolder
+from tasks.stage_process import run_stage, worth_a_retry
 
 
 @task(
@@ -18,14 +17,14 @@ from tasks.stage_process import run_stage
     task_run_name="promote-best ({run_name})",
     retries=2,
     retry_delay_seconds=10,
+    retry_condition_fn=worth_a_retry,
     cache_policy=NO_CACHE,
 )
 def promote_best(artifacts_dir: str, run_name: str) -> Stage:
     """Promotes the run's candidate of lowest validation loss, or keeps what is best."""
     started = time.perf_counter()
     run_stage("gpt2core.promote", ["--artifacts_dir", artifacts_dir, "--run_name", run_name])
-    history = list(read_json_lines(Path(artifacts_dir) / "promoted" / "history.jsonl"))
-    decision = Promotion.model_validate(history[-1])
+    decision = Promotion.model_validate_json(RunFolder(artifacts_dir, run_name).promotion_file.read_text("utf-8"))
     return Stage(
         stage="promote best",
         duration_s=time.perf_counter() - started,

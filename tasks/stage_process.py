@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from typing import Any
 
 from prefect.logging import get_run_logger
 
@@ -15,21 +16,37 @@ STEP_LINE = re.compile(r" step=\d+ loss=")
 TAIL_LINES = 12
 
 
+REFUSAL = re.compile(r"^\S+: error: (.*)")  # as gpt2core.flags.main_guard prints it
+
+
 class StageError(RuntimeError):
-    """A stage's process ended with an error; the message carries the end of its output."""
+    """A stage's process crashed; the message carries the end of its output."""
+
+
+class StageRefusedError(ValueError):
+    """A stage's process said in one sentence what is wrong; trying again would not help."""
+
+
+def worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
+    """A crash is; a ValueError says that the configuration or the data is wrong, and no retry cures that."""
+    failure = state.result(raise_on_failure=False)
+    return not isinstance(failure, ValueError)
 
 
 def run_stage(module: str, arguments: list[str], nproc: int = 1) -> None:
     """Runs `python -m module arguments`, under torchrun for more than one process.
 
-    Raises StageError when it fails. Whatever ends this task (a cancel, too) first lets the process save and end.
+    Raises StageRefusedError or StageError when it fails. Whatever ends this task (a cancel, too) first lets the process save and end.
     """
     logger = get_run_logger()
     tail: list[str] = []
     last_step_line = 0.0
+    refusal: str | None = None
 
     def on_line(line: str) -> None:
-        nonlocal last_step_line
+        nonlocal last_step_line, refusal
+        if match := REFUSAL.match(line):
+            refusal = match[1]
         tail.append(line)
         del tail[:-TAIL_LINES]
         if STEP_LINE.search(line):
@@ -39,5 +56,7 @@ def run_stage(module: str, arguments: list[str], nproc: int = 1) -> None:
         logger.info(TIMESTAMP.sub("", line))
 
     exit_code = launch.run(launch.python_command(module, arguments, nproc), on_line, nproc)
+    if exit_code and refusal:
+        raise StageRefusedError(refusal)
     if exit_code:
         raise StageError(f"python -m {module} ended with exit code {exit_code}:\n" + "\n".join(tail))

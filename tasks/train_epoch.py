@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -16,13 +15,7 @@ from gpt2core.preflight import preflight
 from gpt2core.records import Stage
 from gpt2core.report import epoch_rows
 from gpt2core.run_folder import RunFolder
-from tasks.stage_process import StageError, run_stage
-
-
-def worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
-    """A crash is; a ValueError says that the configuration or the data is wrong, and no retry cures that."""
-    failure = state.result(raise_on_failure=False)
-    return not isinstance(failure, ValueError)
+from tasks.stage_process import StageError, run_stage, worth_a_retry
 
 
 @task(

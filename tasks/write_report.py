@@ -21,7 +21,7 @@ from gpt2core.run_folder import RunFolder, write_text
     cache_policy=NO_CACHE,
 )
 def write_report(artifacts_dir: str, run_name: str, stages: list[Stage]) -> str:
-    """Writes reports/loss.png and reports/stages.json in the run's folder; returns the picture's path."""
+    """Writes reports/loss.png and reports/stages.jsonl in the run's folder; returns the picture's path."""
     folder = RunFolder(artifacts_dir, run_name)
     picture = draw_losses(folder)
     rows = [stage.model_dump() for stage in stages]
