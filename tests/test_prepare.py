@@ -464,3 +464,16 @@ def test_the_command_ends_with_1_and_a_sentence(tmp_path):
     assert answer.stdout == ""
     assert answer.stderr.count("\n") == 1
     assert "none.txt: there is no such file" in answer.stderr
+
+
+def test_shards_made_elsewhere_are_told_from_a_dataset_half_made(tmp_path):
+    from gpt2core.prepare import is_ready_made
+
+    data = DataConfig(data_dir=str(tmp_path))
+    assert not is_ready_made(data)
+    np.save(tmp_path / "edufineweb_val_000000.npy", np.arange(10, dtype=np.uint16))
+    assert not is_ready_made(data)
+    np.save(tmp_path / "edufineweb_train_000001.npy", np.arange(10, dtype=np.uint16))
+    assert is_ready_made(data)
+    (tmp_path / ".parts").mkdir()
+    assert not is_ready_made(data)

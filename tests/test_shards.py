@@ -199,3 +199,13 @@ def test_the_fingerprint_changes_with_names_sizes_and_number_of_shards(folder):
 def test_file_sha256_is_of_the_whole_file(folder):
     path = folder / shard_name(0)
     assert file_sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_ids_that_gpt2_does_not_have_are_foreign(folder, place):
+    path = folder / "edufineweb_train_000001.npy"
+    foreign = tokens(5000, 1)
+    foreign[place] = 50257
+    save(path, foreign)
+    with pytest.raises(ValueError, match=r"edufineweb_train_000001\.npy is no shard of GPT-2 tokens"):
+        open_shards(folder, "train")

@@ -1,0 +1,56 @@
+"""The logs of a run: what a resume drops, and what an evaluation beside a running trainer leaves alone."""
+
+from __future__ import annotations
+
+import json
+
+from gpt2core.listing import print_status
+from gpt2core.metrics import MetricsLog
+from gpt2core.run_folder import RunFolder
+
+
+def steps(folder: RunFolder) -> list[int]:
+    return [line["step"] for line in folder.metrics()]
+
+
+def test_an_evaluation_beside_a_running_trainer_loses_none_of_its_lines(tmp_path):
+    folder = RunFolder(tmp_path, "run")
+    trainer = MetricsLog(folder, resume_at=0, use_tensorboard=False)
+    trainer.numbers(1, loss=3.0)
+    evaluation = MetricsLog(folder, resume_at=None, use_tensorboard=False)
+    evaluation.numbers(1, val_loss=3.5)
+    evaluation.close()
+    trainer.numbers(2, loss=2.0)
+    trainer.close()
+    assert steps(folder) == [1, 1, 2]
+
+
+def test_a_resume_drops_what_was_logged_beyond_its_checkpoint_and_what_was_cut_short(tmp_path):
+    folder = RunFolder(tmp_path, "run")
+    folder.path.mkdir()
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
+    folder.metrics_file.write_text("\n".join(lines) + '\n{"step": 4, "lo', encoding="utf-8")
+    log = MetricsLog(folder, resume_at=2, use_tensorboard=False)
+    log.numbers(3, loss=0.5)
+    log.close()
+    assert [(line["step"], line["loss"]) for line in folder.metrics()] == [(1, 1.0), (2, 1.0), (3, 0.5)]
+
+
+def test_status_shows_the_newest_step_and_takes_the_promoted_model_for_no_run(tmp_path, capsys):
+    from gpt2core.config import RECIPES
+
+    folder = RunFolder(tmp_path, "demo")
+    folder.claim(RECIPES["demo"])
+    folder.checkpoints.mkdir()
+    lines = [
+        {"step": 80, "loss": 6.1},
+        {"step": 40, "val_loss": 6.5},
+    ]  # an evaluation of an older checkpoint came later
+    folder.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}', encoding="utf-8")
+    print_status(tmp_path)
+    shown = capsys.readouterr().out
+    row = next(line for line in shown.splitlines() if "demo" in line and "80" in line)
+    assert [cell.strip() for cell in row.strip("│").split("│")][1:3] == ["80", "80"]
+    assert "unreadable" not in shown
