@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gpt2core.run_folder import fsync_folder, publish, write_text
+from gpt2core.storage import fsync_folder, publish, write_text
 
 FORMAT = 1
 LATEST, BACKUP, BEST = "latest", "latest_backup", "best_model"

@@ -63,9 +63,25 @@ MODEL_SIZES: dict[str, ModelConfig] = {
 class DataConfig(Settings):
     """Where the tokens come from and where they lie."""
 
-    free_to_change = frozenset({"data_dir", "source", "source_config", "text_column", "shard_size", "num_workers"})
+    # All of it: what the training sees is the shards, and their fingerprint is checked at resume.
+    free_to_change = frozenset(
+        {
+            "data_dir",
+            "source",
+            "source_config",
+            "text_column",
+            "shard_size",
+            "num_workers",
+            "encoder",
+            "on_damage",
+            "cache_dir",
+            "cache_gb",
+        }
+    )
 
-    data_dir: str = Field("data/edu_fineweb10B", description="Folder of the token shards and their manifest.json.")
+    data_dir: str = Field(
+        "data/edu_fineweb10B", description="Folder or fsspec URL of the token shards and their manifest.json."
+    )
     source: str = Field(
         "HuggingFaceFW/fineweb-edu",
         description="Text to tokenize: a Hugging Face dataset (owner/name), or a path, glob or fsspec URL of "
@@ -80,6 +96,16 @@ class DataConfig(Settings):
         100_000_000, ge=1024, description="Tokens in a shard; the first one of the source is the validation shard."
     )
     num_workers: int = Field(0, ge=0, description="Processes that tokenize; 0 takes one a CPU core.")
+    encoder: Literal["tiktoken", "riptoken"] = Field(
+        "tiktoken",
+        description="Tokenizer library; riptoken is quicker, an extra to install, and checked against tiktoken.",
+    )
+    on_damage: Literal["stop", "skip"] = Field(
+        "stop",
+        description="Documents that cannot be read: stop with an error after the rest is done, or skip and count them.",
+    )
+    cache_dir: str = Field("data/cache", description="Folder for local copies of shards that lie on remote storage.")
+    cache_gb: float = Field(100.0, gt=0, description="Most disk that these copies may take, in GB.")
 
     def hub_config(self) -> str | None:
         """The dataset configuration to ask the hub for."""

@@ -21,8 +21,9 @@ from gpt2core.loader import Sequences
 from gpt2core.metrics import MetricsLog
 from gpt2core.records import Evaluation, HellaSwagScore
 from gpt2core.run_checkpoint import NamedCheckpoint, load_named
-from gpt2core.run_folder import RunFolder, write_text
+from gpt2core.run_folder import RunFolder
 from gpt2core.shards import open_shards
+from gpt2core.storage import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

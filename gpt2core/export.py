@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt2core.config import VOCAB_SIZE, ModelConfig
-from gpt2core.run_folder import write_json, write_text
+from gpt2core.storage import write_json, write_text
 from gpt2core.tokenizer import EOT, encoder_json, vocab_bpe
 
 # GPT-2's released code multiplies from the left, so Hugging Face keeps these four matrices transposed (its Conv1D).

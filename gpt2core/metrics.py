@@ -14,7 +14,8 @@ from torch.utils.tensorboard.summary import hparams
 
 from gpt2core.config import RunConfig
 from gpt2core.launch import tell
-from gpt2core.run_folder import RunFolder, read_json_lines, write_text
+from gpt2core.run_folder import RunFolder
+from gpt2core.storage import read_json_lines, write_text
 
 # Where TensorBoard shows each number.
 TENSORBOARD_TAGS = {

@@ -24,7 +24,6 @@ import numpy as np
 from gpt2core.config import DataConfig
 from gpt2core.flags import Parser, add_settings, main_guard
 from gpt2core.launch import die_with_parent, tie_to_parent
-from gpt2core.run_folder import publish, write_json, write_text
 from gpt2core.shards import (
     MANIFEST,
     SHARD_NAME,
@@ -35,6 +34,7 @@ from gpt2core.shards import (
     read_manifest,
     shard_name,
 )
+from gpt2core.storage import publish, write_json, write_text
 from gpt2core.tokenizer import EOT, VOCAB_BPE_SHA256, encoding
 
 # What `datasets` calls the reader of a file with this ending.

@@ -22,7 +22,8 @@ from gpt2core.export import export_huggingface
 from gpt2core.flags import Parser, main_guard
 from gpt2core.launch import die_with_parent
 from gpt2core.records import Contender, Evaluation, Promotion, current_best
-from gpt2core.run_folder import RunFolder, fsync_folder, read_json_lines, write_json, write_text
+from gpt2core.run_folder import RunFolder
+from gpt2core.storage import fsync_folder, read_json_lines, write_json, write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

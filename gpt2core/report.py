@@ -7,7 +7,8 @@ from typing import Any
 
 from gpt2core.checkpoint_folder import CheckpointFolder, epoch_name
 from gpt2core.records import Evaluation
-from gpt2core.run_folder import RunFolder, publish
+from gpt2core.run_folder import RunFolder
+from gpt2core.storage import publish
 
 
 def evaluations(folder: RunFolder) -> dict[int, Evaluation]:

@@ -1,17 +1,13 @@
-"""Where everything of a run lies, and files that appear whole or not at all. No torch in here: flows read it too."""
+"""Where everything of a run lies. No torch in here: flows read it too."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from gpt2core.config import RunConfig, differences
 from gpt2core.flags import read_config
+from gpt2core.storage import read_json_lines, write_text
 
 
 class RunFolder:
@@ -54,50 +50,3 @@ class RunFolder:
 
 def _to_json(config: RunConfig) -> str:
     return config.model_dump_json(indent=2) + "\n"
-
-
-@contextmanager
-def publish(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Opens a file that appears under its name only when complete and on disk; an error leaves what was there.
-
-    Written to a temporary name beside it, fsynced, renamed, and the folder fsynced.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    with publish(path, "w") as file:
-        file.write(text)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def fsync_folder(path: Path) -> None:
-    """Puts a rename in this folder on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; what a crash cut short is left out, with what was appended to it."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            with contextlib.suppress(json.JSONDecodeError):
-                yield json.loads(line)

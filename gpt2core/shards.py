@@ -46,9 +46,12 @@ class SourceRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     url: str
+    size_bytes: int | None = None  # of the file when it was read
     documents: int
     tokens: int  # with one <|endoftext|> a document
     empty_documents: int  # left out, for they hold no text
+    damaged_documents: int = 0  # left out, for they could not be read; only with on_damage skip
+    damage: list[str] = []  # the first of them, each with its place and what is wrong
 
 
 class Manifest(BaseModel):
@@ -59,6 +62,7 @@ class Manifest(BaseModel):
     format: Literal[1] = 1
     source: str
     source_config: str | None
+    source_revision: str | None = None  # commit of a hub dataset
     text_column: str
     shard_size: int
     tokenizer: Literal["gpt2"] = "gpt2"

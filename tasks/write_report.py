@@ -10,7 +10,8 @@ from prefect.cache_policies import NO_CACHE
 
 from gpt2core.records import Stage
 from gpt2core.report import draw_losses
-from gpt2core.run_folder import RunFolder, write_text
+from gpt2core.run_folder import RunFolder
+from gpt2core.storage import write_text
 
 
 @task(
