@@ -98,6 +98,7 @@ def read_config(path: Path) -> RunConfig:
 
 
 NON_FINITE = 3  # exit code of a run that stopped because its gradients are not finite
+TRY_AGAIN = 75  # exit code when something outside failed that may work later (EX_TEMPFAIL of sysexits.h)
 
 
 def main_guard(main: Callable[[], int | None]) -> NoReturn:
@@ -108,6 +109,8 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
         _fail(first_error(error))
     except BrokenPipeError:
         sys.exit(141)  # the reader of our output went away, as `| head` does: 128 + SIGPIPE
+    except (ConnectionError, ChildProcessError) as error:
+        _fail(str(error), exit_code=TRY_AGAIN)
     except (ValueError, OSError) as error:
         _fail(str(error))
     except FloatingPointError as error:

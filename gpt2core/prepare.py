@@ -1,205 +1,168 @@
-"""From text to token shards, restartable: each source file becomes a part, the parts together become the shards.
+"""From text to token shards, restartable: each span of a source file becomes a part, the parts become the shards.
 
-    list_sources -> tokenize_source (one a file, in parallel) -> assemble
+    begin (which files) -> tokenize_span (in parallel) -> assemble
 
 Parts and shards appear whole or not at all, so a run that was killed goes on with what is missing. The result depends
-on the sources and the options only, never on how many processes made it or how often they died.
+on the sources and the options only, never on how many processes made it or how often they died. Processes hand each
+other file names and counts, never documents or tokens.
 """
 
 from __future__ import annotations
 
-import glob
+import errno
+import hashlib
+import io
+import itertools
 import json
 import os
-import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
+from gpt2core import lock
 from gpt2core.config import DataConfig
 from gpt2core.flags import Parser, add_settings, main_guard
-from gpt2core.launch import die_with_parent, tie_to_parent
-from gpt2core.shards import (
-    MANIFEST,
-    SHARD_NAME,
-    Manifest,
-    ShardRecord,
-    SourceRecord,
-    file_sha256,
-    read_manifest,
-    shard_name,
+from gpt2core.launch import die_with_parent, tell, tie_to_parent
+from gpt2core.shards import MANIFEST, SHARD_NAME, Manifest, ShardRecord, SourceRecord, read_manifest, shard_name
+from gpt2core.sources import (
+    DAMAGE_LISTED,
+    Damage,
+    DamagedDocumentError,
+    SourceFile,
+    Span,
+    documents,
+    list_sources,
+    spans,
 )
-from gpt2core.storage import publish, write_json, write_text
-from gpt2core.tokenizer import EOT, VOCAB_BPE_SHA256, encoding
-
-# What `datasets` calls the reader of a file with this ending.
-READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".md": "text"}
-COMPRESSION = (".gz", ".zst", ".xz", ".bz2")
+from gpt2core.storage import (
+    exists,
+    file_sizes,
+    is_remote,
+    join,
+    local_path,
+    publish,
+    read_bytes,
+    read_text,
+    remove,
+    write_text,
+)
+from gpt2core.tokenizer import EOT, VOCAB_BPE_SHA256, Encode, encoder, pieces
 
 PARTS = ".parts"  # folder of the parts, gone once the manifest is written
-DOCUMENTS_PER_BATCH = 256
-HUB_TIMEOUT_S = 10.0
+PLAN = "plan.json"
+EOT_BYTES = np.uint16(EOT).tobytes()
+COPY_BYTES = 16 << 20
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SECONDS_BETWEEN_LINES = 2.0
+DOCUMENTS_CHECKED = 16  # of each span, encoded by both libraries when it is not tiktoken's own
 
 Progress = Callable[[str], None]
+
+
+class Plan(BaseModel):
+    """What is being made: the options that the shards depend on, and the files as they were at the start."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    options: dict[str, Any]
+    revision: str | None
+    files: list[SourceFile]
+
+
+class Part(BaseModel):
+    """The record of a tokenized span, written after its tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    documents: int
+    tokens: int
+    empty_documents: int
+    damaged_documents: int
+    damage: list[str]
+
+
+class Tokenized(BaseModel):
+    """The record of a tokenized file, written when all its parts are there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    parts: list[str]  # names of the parts, in order
+    tokens_of_parts: list[int]
+    record: SourceRecord
+
+
+class FileProgress(BaseModel):
+    """How far the tokenization of a file is; for whoever watches."""
+
+    fraction: float
+    tokens: int
+    tokens_per_sec: float
 
 
 def prepare(data: DataConfig, progress: Progress = print) -> Manifest:
     """Makes the dataset, or what is missing of it, and returns its manifest.
 
-    Raises ValueError when the source or the folder will not do, naming it.
+    A second run on the same folder waits for the first, and then goes on from what that one left.
+    Raises ValueError when the source or the folder will not do, SourceError when the source cannot be reached.
     """
-    if manifest := complete(data):
-        progress(f"{data.data_dir} is complete: {describe(manifest)}")
-        return manifest
-    sources = list_sources(data)
-    begin(data, sources)
-    for number, record in enumerate(_tokenize_all(data, sources), start=1):
-        progress(f"[{number}/{len(sources)}] {record.url}: {record.documents:,} documents, {record.tokens:,} tokens")
-    manifest = assemble(data, sources, progress)
+    manifest = complete(data)
+    if manifest is None:
+        with _folder_lock(data, progress):
+            manifest = complete(data) or _make(data, progress)
     progress(f"{data.data_dir} is complete: {describe(manifest)}")
     return manifest
 
 
-def _tokenize_all(data: DataConfig, sources: list[str]) -> Iterator[SourceRecord]:
-    """The sources' records as they are done, worked on by one process a core."""
-    workers = min(len(sources), data.num_workers or os.cpu_count() or 1)
-    if workers == 1:
-        yield from (tokenize_source(data, source) for source in sources)
+def _make(data: DataConfig, progress: Progress) -> Manifest:
+    plan = begin(data)
+    return assemble(data, plan, _tokenize(data, plan.files, progress), progress)
+
+
+def prepare_file(data: DataConfig, url: str, progress: Progress = print) -> SourceRecord:
+    """The part of `prepare` that concerns one file of a plan that was begun; several may run at once."""
+    with _folder_lock(data, progress, shared=True):
+        if manifest := complete(data):
+            return next(source for source in manifest.sources if source.url == url)
+        plan = read_plan(data)
+        if plan is None:
+            raise ValueError(f"{data.data_dir}: nothing was begun there; run `gpt2 prepare` without a single file")
+        return _tokenize(data, [file for file in plan.files if file.url == url], progress)[0].record
+
+
+@contextmanager
+def _folder_lock(data: DataConfig, progress: Progress, shared: bool = False) -> Iterator[None]:
+    """One run at a time on a local folder; on remote storage two runs write the same bytes, at twice the cost."""
+    if is_remote(data.data_dir):
+        yield
         return
-    # spawn, not fork: the caller may hold threads (Prefect's, fsspec's) that a fork would freeze
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=tie_to_parent, initargs=(os.getpid(),)
-    ) as pool:
-        try:
-            yield from (
-                done.result() for done in as_completed([pool.submit(tokenize_source, data, s) for s in sources])
-            )
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+
+    def on_wait(holder: str) -> None:
+        progress(f"{data.data_dir} is being prepared by {holder}; waiting for it to end")
+
+    with lock.hold(local_path(data.data_dir) / lock.LOCK_FILE, shared=shared, on_wait=on_wait):
+        yield
 
 
 def describe(manifest: Manifest) -> str:
     tokens = sum(shard.tokens for shard in manifest.shards)
     documents = sum(source.documents for source in manifest.sources)
-    return f"{tokens:,} tokens of {documents:,} documents in {len(manifest.shards)} shards"
+    empty = sum(source.empty_documents for source in manifest.sources)
+    damaged = sum(source.damaged_documents for source in manifest.sources)
+    left_out = f", left out: {empty:,} empty and {damaged:,} damaged" if empty or damaged else ""
+    return f"{tokens:,} tokens of {documents:,} documents in {len(manifest.shards)} shards{left_out}"
 
 
-# --- sources ---------------------------------------------------------------------------------------------------------
-
-
-def list_sources(data: DataConfig) -> list[str]:
-    """URLs of the source's files, in order. Raises ValueError when there are none or they are of no known kind."""
-    urls = _hub_files(data) if _is_hub_dataset(data.source) else _matching_files(data.source)
-    for url in urls:
-        _reader(url)
-    return urls
-
-
-def _is_hub_dataset(source: str) -> bool:
-    """Whether this is `owner/name`, and not a path: it has no file ending, no glob, and nothing of that name is here."""
-    return (
-        bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source)) and _ending(source) not in READERS and not Path(source).exists()
-    )
-
-
-def _hub_files(data: DataConfig) -> list[str]:
-    import datasets
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().dataset_info(data.source, timeout=HUB_TIMEOUT_S)  # answers at once where load_dataset would keep trying
-        builder = datasets.load_dataset_builder(data.source, data.hub_config())
-    except Exception as error:  # the hub's client raises a dozen kinds, and each means the same to the user
-        raise ValueError(
-            f"{data.source} cannot be had from the Hugging Face hub ({type(error).__name__}: {_first_line(error)}); "
-            f"check the name and the network, or give --source a path or URL"
-        ) from None
-    files = (builder.config.data_files or {}).get("train", [])
-    if not files:
-        raise ValueError(f"{data.source}: this dataset has no files of a 'train' split")
-    return [str(file) for file in files]
-
-
-def _matching_files(source: str) -> list[str]:
-    import fsspec
-
-    try:
-        filesystem, path = fsspec.url_to_fs(source)
-        if filesystem.isfile(path):
-            files = [path]
-        else:
-            found = filesystem.ls(path, detail=False) if filesystem.isdir(path) else filesystem.glob(path)
-            files = [name for name in sorted(found) if _ending(name) in READERS and filesystem.isfile(name)]
-        sizes = [filesystem.size(name) for name in files]
-    except FileNotFoundError:
-        files, sizes = [], []
-    except (ImportError, ValueError, OSError) as error:
-        raise ValueError(f"source {source}: {_first_line(error)}") from None
-    if not files:
-        raise ValueError(
-            f"source {source}: there is no such file, nor a match for it; give a path, a glob or an fsspec URL"
-        )
-    if empty := [name for name, size in zip(files, sizes, strict=True) if size == 0]:
-        raise ValueError(f"source {empty[0]} is empty: there is no text in it")
-    return [filesystem.unstrip_protocol(name) if "://" in source else name for name in files]
-
-
-def _ending(url: str) -> str:
-    path = Path(url)
-    return Path(path.stem).suffix if path.suffix in COMPRESSION else path.suffix
-
-
-def _reader(url: str) -> str:
-    try:
-        return READERS[_ending(url)]
-    except KeyError:
-        raise ValueError(f"source {url}: cannot tell its format; known endings are {', '.join(READERS)}") from None
-
-
-def iter_documents(url: str, text_column: str) -> Iterator[list[str | None]]:
-    """The texts of one source file, batch by batch. Raises ValueError, naming the file, when it cannot be read."""
-    import datasets
-    import fsspec
-    from pyarrow import parquet
-
-    reader = _reader(url)
-    options: dict[str, Any] = {"sample_by": "document"} if reader == "text" else {}
-    if reader == "parquet":
-        options["columns"] = [text_column]
-    column = "text" if reader == "text" else text_column
-    row = 0
-    try:
-        if reader == "parquet":
-            with fsspec.open(url, "rb") as file:
-                _require_column(column, parquet.read_schema(file).names)
-        rows = datasets.load_dataset(reader, data_files=[glob.escape(url)], split="train", streaming=True, **options)
-        for batch in rows.iter(DOCUMENTS_PER_BATCH):
-            _require_column(column, batch)
-            if bad := [text for text in batch[column] if not (text is None or isinstance(text, str))]:
-                raise TypeError(f"column '{column}' holds {type(bad[0]).__name__} and not text")
-            yield batch[column]
-            row += len(batch[column])
-    except Exception as error:  # every reader has its own errors; the file and the row are what helps
-        raise ValueError(f"source {url}, after row {row}: {_first_line(error)}") from error
-
-
-def _require_column(column: str, columns: Iterable[str]) -> None:
-    if column not in columns:
-        raise KeyError(f"it has no column '{column}' but {', '.join(columns)}; name it with --text_column")
-
-
-def _first_line(error: BaseException) -> str:
-    root = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return str(root).strip().split("\n")[0] or type(error).__name__
-
-
-# --- parts -----------------------------------------------------------------------------------------------------------
+# --- the plan --------------------------------------------------------------------------------------------------------
 
 
 def complete(data: DataConfig) -> Manifest | None:
@@ -207,7 +170,7 @@ def complete(data: DataConfig) -> Manifest | None:
 
     Raises ValueError when the folder holds a dataset made from something else.
     """
-    manifest = read_manifest(Path(data.data_dir))
+    manifest = read_manifest(data.data_dir)
     if manifest is None:
         return None
     wanted = _options(data)
@@ -221,37 +184,48 @@ def complete(data: DataConfig) -> Manifest | None:
 
 def is_ready_made(data: DataConfig) -> bool:
     """Whether the folder holds shards that were made elsewhere, as build-nanogpt makes them: no manifest, no parts."""
-    folder = Path(data.data_dir)
-    if not folder.is_dir() or (folder / MANIFEST).exists() or (folder / PARTS).exists():
-        return False
-    splits = {match["split"] for path in folder.iterdir() if (match := SHARD_NAME.match(path.name))}
-    return splits == {"train", "val"}
+    names = file_sizes(data.data_dir)
+    splits = {match["split"] for name in names if (match := SHARD_NAME.match(name))}
+    return splits == {"train", "val"} and MANIFEST not in names and read_plan(data) is None
 
 
-def begin(data: DataConfig, sources: list[str]) -> None:
-    """Makes the folder ready for parts.
+def read_plan(data: DataConfig) -> Plan | None:
+    """The plan of a dataset half made, None where nothing was begun."""
+    plan = _part(data, PLAN)
+    return Plan.model_validate_json(read_text(plan)) if exists(plan) else None
 
-    Raises ValueError when the folder holds something else, which stays as it is.
+
+def begin(data: DataConfig) -> Plan:
+    """Lists the source and writes down what is to be made of it.
+
+    A hub dataset half made goes on with the commit it was begun with. Raises ValueError when the folder holds
+    something else, which stays as it is.
     """
-    folder = Path(data.data_dir)
-    wanted = _options(data) | {"sources": sources}
-    plan = folder / PARTS / "plan.json"
-    if plan.exists():
-        begun = json.loads(plan.read_text(encoding="utf-8"))
-        has_parts = any(path != plan for path in plan.parent.glob("*.json"))
-        if has_parts and begun != wanted | {"shard_size": begun["shard_size"]}:  # a part does not depend on it
+    options, begun = _options(data), read_plan(data)
+    if begun is None:
+        if any(SHARD_NAME.match(name) for name in file_sizes(data.data_dir)):
             raise ValueError(
-                f"{folder} holds another dataset, half made ({_difference(begun, wanted)}): "
-                f"give another --data_dir or remove it"
+                f"{data.data_dir} holds shards without a {MANIFEST}: train on them as they are (nothing to prepare), "
+                f"or give another --data_dir"
             )
-        write_json(plan, wanted)
-    elif folder.exists() and any(SHARD_NAME.match(path.name) for path in folder.iterdir()):
-        raise ValueError(
-            f"{folder} holds shards without a {MANIFEST}: train on them as they are (nothing to prepare), "
-            f"or give another --data_dir"
+    elif begun.options != options | {"shard_size": begun.options["shard_size"]} and _has_parts(data):
+        raise ValueError(  # parts do not depend on the shard size, but on all other options
+            f"{data.data_dir} holds another dataset, half made ({_difference(begun.options, options)}): "
+            f"give another --data_dir or remove it"
         )
-    else:
-        write_json(plan, wanted)
+    elif begun.revision:
+        return _write_plan(data, begun.model_copy(update={"options": options}))
+    files, revision = list_sources(data)
+    return _write_plan(data, Plan(options=options, revision=revision, files=files))
+
+
+def _write_plan(data: DataConfig, plan: Plan) -> Plan:
+    write_text(_part(data, PLAN), plan.model_dump_json(indent=2))
+    return plan
+
+
+def _has_parts(data: DataConfig) -> bool:
+    return any(name.endswith(".tokens") for name in file_sizes(join(data.data_dir, PARTS)))
 
 
 def _options(data: DataConfig) -> dict[str, Any]:
@@ -271,106 +245,326 @@ def _difference(there: dict[str, Any], wanted: dict[str, Any]) -> str:
     )
 
 
-def _part_files(data: DataConfig, index: int) -> tuple[Path, Path]:
-    stem = Path(data.data_dir) / PARTS / f"{index:06d}"
-    return stem.with_suffix(".tokens"), stem.with_suffix(".json")
+# --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def tokenize_source(data: DataConfig, source: str) -> SourceRecord:
-    """Writes one source's tokens as a part, each document preceded by EOT; returns at once when that is done."""
-    index = _planned_sources(data).index(source)
-    tokens_file, record_file = _part_files(data, index)
-    if record_file.exists():
-        return SourceRecord.model_validate_json(record_file.read_text(encoding="utf-8"))
-    encode = encoding().encode_to_numpy
-    documents = tokens = empty = 0
-    with publish(tokens_file) as part:
-        for texts in iter_documents(source, data.text_column):
-            for text in texts:
-                if not text:
-                    empty += 1
-                    continue
-                ids = encode(text, disallowed_special=()).astype(np.uint16)
-                part.write(np.uint16(EOT).tobytes())
-                part.write(ids.tobytes())
-                documents += 1
-                tokens += 1 + ids.size
-    record = SourceRecord(url=source, documents=documents, tokens=tokens, empty_documents=empty)
-    write_text(record_file, record.model_dump_json())
-    return record
+def _part(data: DataConfig, name: str) -> str:
+    return join(join(data.data_dir, PARTS), name)
 
 
-def _planned_sources(data: DataConfig) -> list[str]:
-    return json.loads((Path(data.data_dir) / PARTS / "plan.json").read_text(encoding="utf-8"))["sources"]
+def _key(data: DataConfig, file: SourceFile, span: Span | None = None) -> str:
+    """Name of what a file or a span of it becomes: other content, other name."""
+    of = [file.url, file.size_bytes, data.text_column, VOCAB_BPE_SHA256]
+    return hashlib.sha256(json.dumps(of + ([span.start, span.end] if span else [])).encode()).hexdigest()[:24]
+
+
+def _tokenize(data: DataConfig, files: list[SourceFile], progress: Progress) -> list[Tokenized]:
+    """Makes the parts that are missing, all cores at work on spans of any file, and returns every file's record.
+
+    A span that fails does not stop the others: the first error is raised when all are done.
+    """
+    with ThreadPoolExecutor(8) as threads:  # a request or two a file when the storage is far away
+        done = dict(zip(files, threads.map(lambda file: _read_tokenized(data, file), files), strict=True))
+        todo = [file for file in files if done[file] is None]
+        spans_of = dict(zip(todo, threads.map(lambda file: spans(file, data.text_column), todo), strict=True))
+    parts: dict[Span, Part] = {}
+    errors: list[BaseException] = []
+    tally = _Tally(data, [span for of_file in spans_of.values() for span in of_file], progress)
+
+    def finish(file: SourceFile) -> None:
+        if all(span in parts for span in spans_of[file]):
+            done[file] = record = _write_tokenized(data, file, {span: parts[span] for span in spans_of[file]})
+            finished = sum(record is not None for record in done.values())
+            progress(f"[{finished}/{len(files)}] {_describe_file(record.record)}")
+
+    for file in todo:
+        if not spans_of[file]:  # a parquet file without a row
+            finish(file)
+    for span, outcome in _work_on(data, tally.spans):
+        if isinstance(outcome, BaseException):
+            errors.append(outcome)
+            progress(f"error, and the rest goes on: {outcome}")
+        else:
+            parts[span] = outcome
+            tally.add(span, outcome)
+            finish(span.file)
+    if errors:
+        raise errors[0]
+    return [record for record in done.values() if record]
+
+
+def _read_tokenized(data: DataConfig, file: SourceFile) -> Tokenized | None:
+    path = _part(data, f"{_key(data, file)}.json")
+    if not exists(path):
+        return None
+    tokenized = Tokenized.model_validate_json(read_text(path))
+    return tokenized if data.on_damage == "skip" or not tokenized.record.damaged_documents else None
+
+
+def _write_tokenized(data: DataConfig, file: SourceFile, parts: dict[Span, Part]) -> Tokenized:
+    record = SourceRecord(
+        url=file.url,
+        size_bytes=file.size_bytes,
+        documents=sum(part.documents for part in parts.values()),
+        tokens=sum(part.tokens for part in parts.values()),
+        empty_documents=sum(part.empty_documents for part in parts.values()),
+        damaged_documents=sum(part.damaged_documents for part in parts.values()),
+        damage=[place for part in parts.values() for place in part.damage][:DAMAGE_LISTED],
+    )
+    keys = [_key(data, file, span) for span in parts]
+    tokenized = Tokenized(parts=keys, tokens_of_parts=[part.tokens for part in parts.values()], record=record)
+    write_text(_part(data, f"{_key(data, file)}.json"), tokenized.model_dump_json())
+    return tokenized
+
+
+def _describe_file(record: SourceRecord) -> str:
+    damaged = f", {record.damaged_documents:,} damaged left out" if record.damaged_documents else ""
+    return f"{record.url}: {record.documents:,} documents, {record.tokens:,} tokens{damaged}"
+
+
+class _Tally:
+    """How far the tokenization is, said every few seconds and written beside the parts for whoever watches."""
+
+    def __init__(self, data: DataConfig, todo: list[Span], progress: Progress) -> None:
+        self.data, self.spans, self.progress = data, todo, progress
+        self.text_bytes = sum(span.text_bytes for span in todo)
+        self.done_bytes = self.tokens = 0
+        self.started = self.said = time.monotonic()
+
+    def add(self, span: Span, part: Part) -> None:
+        self.done_bytes += span.text_bytes
+        self.tokens += part.tokens
+        now = time.monotonic()
+        if now - self.said < SECONDS_BETWEEN_LINES:
+            return
+        self.said, seconds, fraction = now, now - self.started, self.done_bytes / max(1, self.text_bytes)
+        left = timedelta(seconds=round(seconds / fraction - seconds)) if fraction else "unknown"
+        rate = self.tokens / seconds
+        self.progress(f"tokenized {fraction:.1%}: {self.tokens:,} tokens, {rate:,.0f} tokens/s, {left} left")
+        written = FileProgress(fraction=fraction, tokens=self.tokens, tokens_per_sec=rate)
+        write_text(_part(self.data, f"{_key(self.data, span.file)}.progress.json"), written.model_dump_json())
+
+
+def read_progress(data: DataConfig, url: str) -> FileProgress | None:
+    """How far `prepare_file` is, None while there is nothing to say."""
+    plan = read_plan(data)
+    file = next((file for file in plan.files if file.url == url), None) if plan else None
+    written = _part(data, f"{_key(data, file)}.progress.json") if file else None
+    return FileProgress.model_validate_json(read_text(written)) if written and exists(written) else None
+
+
+def _work_on(data: DataConfig, todo: list[Span]) -> Iterator[tuple[Span, Part | BaseException]]:
+    """Each span with its part or its error, as they come, from one process a core."""
+    workers = min(len(todo), data.num_workers or os.cpu_count() or 1)
+    if workers <= 1:
+        for span in todo:
+            try:
+                yield span, tokenize_span(data, span)
+            except (ValueError, OSError) as error:
+                yield span, error
+        return
+    # spawn, not fork: the caller may hold threads (Prefect's, fsspec's) that a fork would freeze
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=tie_to_parent, initargs=(os.getpid(),)
+    ) as pool:
+        try:
+            futures = {pool.submit(tokenize_span, data, span): span for span in todo}
+            for future in as_completed(futures):
+                failure = future.exception()
+                if isinstance(failure, BrokenProcessPool):
+                    raise ChildProcessError(
+                        "a tokenizing process was killed, perhaps for want of memory: "
+                        "run again to go on, with a smaller --num_workers if it happens again"
+                    )
+                yield futures[future], failure or future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def tokenize_span(data: DataConfig, span: Span) -> Part:
+    """Writes one span's tokens as a part, each document preceded by EOT; returns at once when that is done."""
+    key = _key(data, span.file, span)
+    record, skip = _part(data, f"{key}.json"), data.on_damage == "skip"
+    if exists(record):
+        part = Part.model_validate_json(read_text(record))
+        if skip or not part.damaged_documents:
+            return part
+    damage = Damage(skip)
+    try:
+        with publish(_part(data, f"{key}.tokens")) as file:
+            part = _write_documents(file, data, span, damage)
+        write_text(record, part.model_dump_json())
+    except OSError as error:
+        raise _disk_full(data.data_dir, error) if error.errno in NO_SPACE else error from None
+    return part
+
+
+def _write_documents(file: IO[bytes], data: DataConfig, span: Span, damage: Damage) -> Part:
+    encode = _encoder(data)
+    count = empty = position = 0
+    for document in documents(span, data.text_column, damage):
+        tokens = 0
+        file.write(EOT_BYTES)
+        try:
+            for text in pieces([document] if isinstance(document, str) else document):
+                ids = encode(text)
+                file.write(ids.data)
+                tokens += ids.size
+        except DamagedDocumentError as error:
+            damage.found(span.file.url, str(error))
+            tokens, empty = 0, empty - 1
+        if tokens:
+            count, position = count + 1, position + 2 * (1 + tokens)
+        else:  # neither an empty document nor a damaged one leaves a trace
+            empty += 1
+            file.seek(position)
+            file.truncate()
+    return Part(
+        documents=count,
+        tokens=position // 2,
+        empty_documents=empty,
+        damaged_documents=damage.documents,
+        damage=damage.places,
+    )
+
+
+def _encoder(data: DataConfig) -> Encode:
+    """The library that was asked for; another than tiktoken has to agree with it on the first documents of each span."""
+    tiktoken = encoder()
+    if data.encoder == "tiktoken":
+        return tiktoken
+    other, unchecked = encoder(data.encoder), DOCUMENTS_CHECKED
+
+    def encode(text: str) -> np.ndarray:
+        nonlocal unchecked
+        ids = other(text)
+        if unchecked:
+            unchecked -= 1
+            if not np.array_equal(ids, tiktoken(text)):
+                raise ValueError(f"{data.encoder} gives other tokens than tiktoken: use --encoder tiktoken")
+        return ids
+
+    return encode
+
+
+def _disk_full(folder: str, error: OSError) -> OSError:
+    return OSError(f"{folder}: {error.strerror}; what is finished stays: make room and run again to go on")
 
 
 # --- shards ----------------------------------------------------------------------------------------------------------
 
 
-def assemble(data: DataConfig, sources: list[str], progress: Progress = print) -> Manifest:
+def assemble(data: DataConfig, plan: Plan, files: list[Tokenized], progress: Progress = print) -> Manifest:
     """Cuts the parts, in source order, into shards of shard_size tokens, and writes the manifest last.
 
-    Raises ValueError when the text gives no train shard beside the validation shard.
+    Raises ValueError when the text gives no train shard beside the validation shard, OSError when the disk is full.
     """
-    folder = Path(data.data_dir)
-    records = [
-        SourceRecord.model_validate_json(_part_files(data, i)[1].read_text(encoding="utf-8"))
-        for i in range(len(sources))
+    parts = [
+        _Extent(_part(data, f"{key}.tokens"), tokens)
+        for file in files
+        for key, tokens in zip(file.parts, file.tokens_of_parts, strict=True)
     ]
-    total = sum(record.tokens for record in records)
+    total = sum(part.tokens for part in parts)
     if total <= data.shard_size + 1:
         raise ValueError(
             f"source {data.source} gives {total:,} tokens, and the first shard_size {data.shard_size:,} are for validation: "
             f"none are left to train on; give more text or a smaller --shard_size"
         )
-    _require_space(folder, 2 * total)
-    parts = [np.memmap(_part_files(data, i)[0], np.uint16, "r") for i, record in enumerate(records) if record.tokens]
-    for left_over in [*folder.glob("*.npy"), *folder.glob(".*.npy.*.tmp")]:  # of an attempt that died here
-        left_over.unlink()
-    shards = []
-    for index, tokens in enumerate(_cut(parts, data.shard_size)):
-        path = folder / shard_name(index)
-        if tokens.size < 2:  # a lone last token makes no sequence
-            continue
-        with publish(path) as file:
-            np.save(file, tokens)
-        shards.append(ShardRecord(name=path.name, tokens=tokens.size, sha256=file_sha256(path)))
-        progress(f"{path.name}: {tokens.size:,} tokens")
-    manifest = Manifest(**_options(data) | {"sources": records, "shards": shards, "eot_token": EOT})
-    write_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
-    shutil.rmtree(folder / PARTS)
+    if not is_remote(data.data_dir):
+        _clear_for_shards(local_path(data.data_dir), total)
+    try:
+        shards = _write_shards(data, _cut(parts, data.shard_size), progress)
+    except OSError as error:
+        raise _disk_full(data.data_dir, error) if error.errno in NO_SPACE else error from None
+    manifest = Manifest(
+        **plan.options,
+        source_revision=plan.revision,
+        eot_token=EOT,
+        sources=[file.record for file in files],
+        shards=shards,
+    )
+    write_text(join(data.data_dir, MANIFEST), manifest.model_dump_json(indent=2) + "\n")
+    remove(join(data.data_dir, PARTS))
     return manifest
 
 
-def _cut(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """The parts' tokens, end to end, in pieces of `size` tokens; the last piece may be shorter."""
-    piece, filled = np.empty(size, np.uint16), 0
-    for part in parts:
+class _Extent(NamedTuple):
+    """Tokens `start` to `start + tokens` of a part's file."""
+
+    location: str
+    tokens: int
+    start: int = 0
+
+
+def _cut(parts: Iterable[_Extent], size: int) -> Iterator[list[_Extent]]:
+    """The parts end to end, in runs of `size` tokens; the last may be shorter, but a lone token makes no sequence."""
+    run, room = list[_Extent](), size
+    for location, tokens, _ in parts:
         start = 0
-        while start < part.size:
-            taken = min(size - filled, part.size - start)
-            piece[filled : filled + taken] = part[start : start + taken]
-            filled, start = filled + taken, start + taken
-            if filled == size:
-                yield piece
-                filled = 0
-    if filled:
-        yield piece[:filled]
+        while start < tokens:
+            taken = min(room, tokens - start)
+            run.append(_Extent(location, taken, start))
+            start, room = start + taken, room - taken
+            if not room:
+                yield run
+                run, room = [], size
+    if size - room > 1:
+        yield run
 
 
-def _require_space(folder: Path, needed_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise ValueError(
-            f"{folder} has {free / 1e9:.1f} GB free and the shards need {needed_bytes / 1e9:.1f} GB: free some space"
+def _write_shards(data: DataConfig, runs: Iterable[list[_Extent]], progress: Progress) -> list[ShardRecord]:
+    """All shards, several at a time: copying and hashing leave Python's lock to the others."""
+    with ThreadPoolExecutor(min(8, data.num_workers or os.cpu_count() or 1)) as threads:
+        names = map(shard_name, itertools.count())
+        records = []
+        for record in threads.map(lambda named: _write_shard(data, *named), zip(names, runs, strict=False)):
+            progress(f"{record.name}: {record.tokens:,} tokens")
+            records.append(record)
+    return records
+
+
+def _write_shard(data: DataConfig, name: str, run: list[_Extent]) -> ShardRecord:
+    """One .npy file of uint16 tokens, as numpy.save writes it."""
+    tokens, digest = sum(extent.tokens for extent in run), hashlib.sha256()
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
+    with publish(join(data.data_dir, name)) as file:
+        for block in itertools.chain([header.getvalue()], _blocks(run)):
+            file.write(block)
+            digest.update(block)
+    return ShardRecord(name=name, tokens=tokens, sha256=digest.hexdigest())
+
+
+def _blocks(run: list[_Extent]) -> Iterator[bytes]:
+    for location, tokens, start in run:
+        for at in range(2 * start, 2 * (start + tokens), COPY_BYTES):
+            yield read_bytes(location, at, min(at + COPY_BYTES, 2 * (start + tokens)))
+
+
+def _clear_for_shards(folder: Path, tokens: int) -> None:
+    """Removes what an attempt that died here left, and makes sure of room for the shards."""
+    for left_over in [*folder.glob("*.npy"), *folder.glob(".*.npy.*.tmp")]:
+        left_over.unlink()
+    free, needed = shutil.disk_usage(folder).free, 2 * tokens
+    if free < needed:
+        raise OSError(
+            f"{folder} has {free / 1e9:.1f} GB free, and the shards need {needed / 1e9:.1f} GB: free some space"
         )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m gpt2core.prepare", description="Tokenize text into shards.")
-    add_settings(parser, DataConfig)
     die_with_parent()
-    prepare(DataConfig(**vars(parser.parse_args(argv))), progress=lambda line: print(line, flush=True))
+    parser = Parser(prog="gpt2core.prepare", description=(__doc__ or "").splitlines()[0])
+    add_settings(parser, DataConfig)
+    parser.add_argument("--only", metavar="URL", help="tokenize this file of a dataset that was begun, and no more")
+    arguments = vars(parser.parse_args(argv))
+    only = arguments.pop("only")
+    data = DataConfig(**arguments)
+    if only:
+        prepare_file(data, only, tell)
+    else:
+        prepare(data, tell)
 
 
 if __name__ == "__main__":
