@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from gpt2core.config import LaunchConfig, RunConfig
-from gpt2core.flags import Parser, add_recipe, add_settings, launch_config, main_guard, run_config
+from gpt2core.config import LaunchConfig, RunConfig, RunnerConfig
+from gpt2core.flags import Parser, add_recipe, add_settings, main_guard, run_config, settings_of
 from gpt2core.listing import duration, number, show, table
 from gpt2core.records import Stage
 from gpt2core.run_folder import RunFolder
@@ -23,8 +23,9 @@ def _run(pretrain: Callable[..., list[Stage]]) -> None:
     add_recipe(parser)
     add_settings(parser, RunConfig)
     add_settings(parser, LaunchConfig)
+    add_settings(parser, RunnerConfig)
     arguments = parser.parse_args()
-    config, launched = run_config(arguments), launch_config(arguments)
+    config = run_config(arguments)
     stages = pretrain(
         run_name=config.run_name,
         artifacts_dir=config.artifacts_dir,
@@ -32,7 +33,8 @@ def _run(pretrain: Callable[..., list[Stage]]) -> None:
         data=config.data,
         train=config.train,
         evaluation=config.evaluation,
-        launch=launched,
+        launch=settings_of(LaunchConfig, arguments),
+        runner=settings_of(RunnerConfig, arguments),
     )
     _show(config, stages)
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from prefect import flow
 
+from flows.prepare_dataset import prepare_dataset
 from gpt2core.checkpoint_folder import epoch_name
-from gpt2core.config import DataConfig, EvalConfig, LaunchConfig, ModelConfig, RunConfig, TrainConfig
+from gpt2core.config import DataConfig, EvalConfig, LaunchConfig, ModelConfig, RunConfig, RunnerConfig, TrainConfig
 from gpt2core.preflight import claim_run
 from gpt2core.records import Stage
 from tasks.evaluate_checkpoint import evaluate_checkpoint
-from tasks.prepare_dataset import prepare_dataset
 from tasks.promote_best import promote_best
 from tasks.train_epoch import train_epoch
 from tasks.write_report import write_report
@@ -28,13 +28,14 @@ def pretrain(
     train: TrainConfig = TrainConfig(),
     evaluation: EvalConfig = EvalConfig(),
     launch: LaunchConfig = LaunchConfig(),
+    runner: RunnerConfig = RunnerConfig(),
 ) -> list[Stage]:
     """Pretrains GPT-2 from text to a promoted model. Stages that lie done on disk are not done again."""
     config = RunConfig(
         run_name=run_name, artifacts_dir=artifacts_dir, model=model, data=data, train=train, evaluation=evaluation
     )
     claim_run(config, launch)
-    stages = [prepare_dataset(data)]
+    stages = [prepare_dataset(data, runner)]
     for epoch in range(1, train.num_epochs + 1):
         stages.append(train_epoch(config, launch, epoch))
         stages.append(evaluate_checkpoint(artifacts_dir, run_name, epoch_name(epoch), device=train.device))

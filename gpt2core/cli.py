@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2core.config import DataConfig, LaunchConfig, RunConfig
-from gpt2core.flags import Parser, add_recipe, add_settings, launch_config, main_guard, run_config
+from gpt2core.flags import Parser, add_recipe, add_settings, main_guard, run_config, settings_of
 
 if TYPE_CHECKING:
     from gpt2core.run_checkpoint import NamedCheckpoint
@@ -32,7 +32,7 @@ def train(argv: list[str]) -> int:
     add_settings(parser, LaunchConfig)
     training.add_arguments(parser)
     arguments = parser.parse_args(argv)
-    config, launched = run_config(arguments), launch_config(arguments)
+    config, launched = run_config(arguments), settings_of(LaunchConfig, arguments)
     if arguments.list_checkpoints:
         training.main(_without_launch_flags(argv))
         return 0

@@ -6,6 +6,7 @@ The defaults are the recipe `gpt2_124m`. What can be derived from the fields is 
 from __future__ import annotations
 
 import math
+import os
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -196,6 +197,25 @@ class LaunchConfig(Settings):
     nproc_per_node: Positive | Literal["auto"] = Field(
         "auto", description="Training processes on this machine; auto takes one a visible GPU, or one on the CPU."
     )
+
+
+class RunnerConfig(Settings):
+    """Where the source's files are tokenized under Prefect; the shards do not depend on it."""
+
+    task_runner: Literal["threads", "processes", "dask", "ray"] = Field(
+        "threads",
+        description="Prefect task runner of the files: threads or processes here, or Dask or Ray (extras to install).",
+    )
+    task_runner_address: str | None = Field(
+        None, description="Address of a Dask scheduler or Ray head; without one a cluster is started on this machine."
+    )
+    files_at_once: int = Field(0, ge=0, description="Source files tokenized at a time; 0 takes one a CPU core.")
+
+    def division(self, files: int, num_workers: int) -> tuple[int, int]:
+        """Files to tokenize at a time, and the processes for each: two a core, so that none idles at a file's end."""
+        cores = num_workers or os.cpu_count() or 1
+        at_once = min(files, self.files_at_once or cores)
+        return at_once, cores if at_once == 1 else max(1, 2 * cores // at_once)
 
 
 class RunConfig(Settings):

@@ -8,11 +8,13 @@ import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
 
-from gpt2core.config import MODEL_SIZES, RECIPES, LaunchConfig, RunConfig, Settings, first_error
+from gpt2core.config import MODEL_SIZES, RECIPES, RunConfig, Settings, first_error
+
+Group = TypeVar("Group", bound=Settings)
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,8 +85,9 @@ def as_flags(settings: Settings) -> list[str]:
     return flags
 
 
-def launch_config(arguments: argparse.Namespace) -> LaunchConfig:
-    return LaunchConfig(**{k: v for k, v in vars(arguments).items() if k in LaunchConfig.model_fields})
+def settings_of(group: type[Group], arguments: argparse.Namespace) -> Group:
+    """A group of settings that is no part of the run's configuration, from its flags."""
+    return group(**{name: value for name, value in vars(arguments).items() if name in group.model_fields})
 
 
 def read_config(path: Path) -> RunConfig:

@@ -117,15 +117,12 @@ def prepare(data: DataConfig, progress: Progress = print) -> Manifest:
     """
     manifest = complete(data)
     if manifest is None:
+        plan = begin(data)
         with _folder_lock(data, progress):
-            manifest = complete(data) or _make(data, progress)
+            manifest = complete(data) or assemble(data, plan, _tokenize(data, plan.files, progress), progress)
+            remove(join(data.data_dir, PARTS))
     progress(f"{data.data_dir} is complete: {describe(manifest)}")
     return manifest
-
-
-def _make(data: DataConfig, progress: Progress) -> Manifest:
-    plan = begin(data)
-    return assemble(data, plan, _tokenize(data, plan.files, progress), progress)
 
 
 def prepare_file(data: DataConfig, url: str, progress: Progress = print) -> SourceRecord:
@@ -299,6 +296,16 @@ def _read_tokenized(data: DataConfig, file: SourceFile) -> Tokenized | None:
         return None
     tokenized = Tokenized.model_validate_json(read_text(path))
     return tokenized if data.on_damage == "skip" or not tokenized.record.damaged_documents else None
+
+
+def read_record(data: DataConfig, url: str) -> SourceRecord | None:
+    """The record of a file of the plan or of the finished dataset, None while it is not there."""
+    manifest, plan = complete(data), read_plan(data)
+    if manifest:
+        return next((source for source in manifest.sources if source.url == url), None)
+    file = next((file for file in plan.files if file.url == url), None) if plan else None
+    tokenized = _read_tokenized(data, file) if file else None
+    return tokenized.record if tokenized else None
 
 
 def _write_tokenized(data: DataConfig, file: SourceFile, parts: dict[Span, Part]) -> Tokenized:
@@ -485,7 +492,6 @@ def assemble(data: DataConfig, plan: Plan, files: list[Tokenized], progress: Pro
         shards=shards,
     )
     write_text(join(data.data_dir, MANIFEST), manifest.model_dump_json(indent=2) + "\n")
-    remove(join(data.data_dir, PARTS))
     return manifest
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 from prefect.logging import get_run_logger
 
 from gpt2core import launch
+from gpt2core.flags import TRY_AGAIN
 
 SECONDS_BETWEEN_STEP_LINES = 5.0  # of the lines that every step writes; all others are handed on at once
 TIMESTAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # the log has its own
@@ -33,8 +35,8 @@ def worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
     return not isinstance(failure, ValueError)
 
 
-def run_stage(module: str, arguments: list[str], nproc: int = 1) -> None:
-    """Runs `python -m module arguments`, under torchrun for more than one process.
+def run_stage(module: str, arguments: list[str], nproc: int = 1, look: Callable[[], None] | None = None) -> None:
+    """Runs `python -m module arguments`, under torchrun for more than one process; `look` is called after each line.
 
     Raises StageRefusedError or StageError when it fails. Whatever ends this task (a cancel, too) first lets the process save and end.
     """
@@ -54,8 +56,12 @@ def run_stage(module: str, arguments: list[str], nproc: int = 1) -> None:
                 return
             last_step_line = time.monotonic()
         logger.info(TIMESTAMP.sub("", line))
+        if look:
+            look()
 
     exit_code = launch.run(launch.python_command(module, arguments, nproc), on_line, nproc)
+    if exit_code == TRY_AGAIN and refusal:
+        raise StageError(refusal)
     if exit_code and refusal:
         raise StageRefusedError(refusal)
     if exit_code:

@@ -12,6 +12,7 @@ from gpt2core.records import Stage
 from gpt2core.report import draw_losses
 from gpt2core.run_folder import RunFolder
 from gpt2core.storage import write_text
+from tasks.artifacts import artifact_key
 
 
 @task(
@@ -27,10 +28,11 @@ def write_report(artifacts_dir: str, run_name: str, stages: list[Stage]) -> str:
     picture = draw_losses(folder)
     rows = [stage.model_dump() for stage in stages]
     write_text(folder.reports / "stages.jsonl", "".join(stage.model_dump_json() + "\n" for stage in stages))
-    key = "".join(sign if sign.isalnum() else "-" for sign in run_name.lower())  # what Prefect allows in a key
-    create_table_artifact(rows, key=f"stages-{key}", description=f"Stages of {run_name}")
+    create_table_artifact(rows, key=artifact_key("stages", run_name), description=f"Stages of {run_name}")
     inline = base64.b64encode(picture.read_bytes()).decode()
     create_markdown_artifact(
-        f"![loss](data:image/png;base64,{inline})", key=f"loss-{key}", description=f"Loss of {run_name}"
+        f"![loss](data:image/png;base64,{inline})",
+        key=artifact_key("loss", run_name),
+        description=f"Loss of {run_name}",
     )
     return str(picture)

@@ -23,10 +23,10 @@ from gpt2core.flags import (
     add_recipe,
     add_settings,
     as_flags,
-    launch_config,
     main_guard,
     read_config,
     run_config,
+    settings_of,
 )
 
 
@@ -227,9 +227,9 @@ def test_only_the_flags_asked_for_are_added():
         made.parse_args(["--max_lr", "1"])
 
 
-def test_launch_config_takes_its_own_flag_only():
-    assert launch_config(argparse.Namespace(nproc_per_node="4", max_lr="1")) == LaunchConfig(nproc_per_node=4)
-    assert launch_config(argparse.Namespace()) == LaunchConfig(nproc_per_node="auto")
+def test_a_group_of_settings_takes_its_own_flags_only():
+    assert settings_of(LaunchConfig, argparse.Namespace(nproc_per_node="4", max_lr="1")) == LaunchConfig(nproc_per_node=4)
+    assert settings_of(LaunchConfig, argparse.Namespace()) == LaunchConfig(nproc_per_node="auto")
 
 
 def test_help_shows_every_flag_with_its_default():
