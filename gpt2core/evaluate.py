@@ -16,13 +16,13 @@ from gpt2core.distributed import Ranks
 from gpt2core.evaluation import validation_loss
 from gpt2core.flags import Parser, main_guard
 from gpt2core.hellaswag import evaluate_hellaswag, load_hellaswag
-from gpt2core.launch import die_with_parent
+from gpt2core.launch import die_with_parent, tell
 from gpt2core.loader import Sequences
 from gpt2core.metrics import MetricsLog
 from gpt2core.records import Evaluation, HellaSwagScore
 from gpt2core.run_checkpoint import NamedCheckpoint, load_named
 from gpt2core.run_folder import RunFolder
-from gpt2core.shards import open_shards
+from gpt2core.shards import cache_of, open_shards
 from gpt2core.storage import write_text
 
 
@@ -53,8 +53,8 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
         val_tokens=config.evaluation.val_tokens if arguments.val_tokens is None else arguments.val_tokens,
         hellaswag=arguments.hellaswag or config.evaluation.hellaswag,
     )
-    data_dir = Path(arguments.data_dir or config.data.data_dir)
-    val = Sequences(open_shards(data_dir, "val"), config.model.context_length)
+    data_dir = arguments.data_dir or config.data.data_dir
+    val = Sequences(open_shards(data_dir, "val", cache_of(config.data, tell)), config.model.context_length)
     stored_in = folder.evaluations / f"step_{checkpoint.state['step']:06d}.json" if checkpoint.sha256 else None
     if stored_in and not arguments.force and (stored := _stored(stored_in)) and _same(stored, checkpoint, wanted, val):
         print(f"already measured at {stored.measured_at}: {stored_in} (--force measures again)", flush=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 from gpt2core.checkpoint_folder import CheckpointFolder
 from gpt2core.config import LaunchConfig, RunConfig
 from gpt2core.launch import num_processes
 from gpt2core.run_folder import RunFolder
-from gpt2core.shards import open_shards
+from gpt2core.shards import SPLITS, cache_of, check_cache_room, open_shards
 
 
 def claim_run(config: RunConfig, launched: LaunchConfig) -> None:
@@ -30,9 +29,10 @@ def preflight(config: RunConfig, world_size: int) -> list[str]:
         f"batch: {train.total_batch_size:,} tokens = {accum_steps} accumulation steps x {world_size} ranks "
         f"x {train.mini_batch_size} sequences",
     ]
-    for split in ("train", "val"):
-        shards = open_shards(Path(config.data.data_dir), split)
-        found.append(f"{split} data: {sum(shard.tokens.size for shard in shards):,} tokens in {len(shards)} shards")
+    opened = {split: open_shards(config.data.data_dir, split, cache_of(config.data)) for split in SPLITS}
+    check_cache_room(opened["train"], opened["val"], train.shuffle)
+    for split, shards in opened.items():
+        found.append(f"{split} data: {sum(shard.num_tokens for shard in shards):,} tokens in {len(shards)} shards")
     found.append(_disk_space(config))
     return found
 

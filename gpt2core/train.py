@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint to go on from; 'latest' starts afresh where there is none",
     )
     parser.add_argument("--force", action="store_true", help="resume although settings that shape the run have changed")
+    parser.add_argument(
+        "--accept_changed_data", action="store_true", help="resume although the shards are not those it was trained on"
+    )
     parser.add_argument("--stop_epoch", type=int, metavar="N", help="stop at the end of epoch N, counted from 1")
     parser.add_argument("--list_checkpoints", action="store_true", help="show the run's checkpoints and exit")
     add_recipe(parser)
@@ -48,10 +51,23 @@ def main(argv: list[str] | None = None) -> None:
 
         print_checkpoints(RunFolder.of(config).checkpoints)
         return
-    train(config, resume=arguments.resume, force=arguments.force, stop_epoch=arguments.stop_epoch)
+    train(
+        config,
+        resume=arguments.resume,
+        force=arguments.force,
+        accept_changed_data=arguments.accept_changed_data,
+        stop_epoch=arguments.stop_epoch,
+    )
 
 
-def train(config: RunConfig, *, resume: str | None, force: bool = False, stop_epoch: int | None = None) -> None:
+def train(
+    config: RunConfig,
+    *,
+    resume: str | None,
+    force: bool = False,
+    accept_changed_data: bool = False,
+    stop_epoch: int | None = None,
+) -> None:
     """Trains this process's share of the run, from the checkpoint to the end, or to the end of `stop_epoch`."""
     stop = StopRequest()
     die_with_parent()
@@ -64,7 +80,7 @@ def train(config: RunConfig, *, resume: str | None, force: bool = False, stop_ep
     torch.set_float32_matmul_precision("high")  # TF32 for what is fp32 on the GPU
     checkpoints = CheckpointFolder(folder.checkpoints)
     trainer = Trainer(config, ranks)
-    origin = restore(trainer, checkpoints, resume)
+    origin = restore(trainer, checkpoints, resume, accept_changed_data)
     log = None
     if ranks.is_main:
         folder.claim(config, force)
@@ -93,7 +109,9 @@ def refuse_silent_overwrite(config: RunConfig, resume: str | None) -> None:
         )
 
 
-def restore(trainer: Trainer, checkpoints: CheckpointFolder, resume: str | None) -> str:
+def restore(
+    trainer: Trainer, checkpoints: CheckpointFolder, resume: str | None, accept_changed_data: bool = False
+) -> str:
     """Loads what --resume names into the trainer and says, in one line, where training starts."""
     state: dict[str, Any] | None = None
     where: object = resume
@@ -111,8 +129,12 @@ def restore(trainer: Trainer, checkpoints: CheckpointFolder, resume: str | None)
         state, where = load(path, named.sidecar if named else None), path
     if state is None:
         return f"starting afresh, {trainer.max_steps} steps to do"
-    trainer.load_state_dict(state, where)
-    return f"resumed from {where} at step {trainer.step} of {trainer.max_steps}"
+    trainer.load_state_dict(state, where, accept_changed_data)
+    origin = f"resumed from {where} at step {trainer.step} of {trainer.max_steps}"
+    before, now = state["data"]["fingerprint"], trainer.loader.sequences.fingerprint
+    if before != now:
+        origin += f"; WARNING: on other data than before, as accepted: fingerprint {before[:12]} -> {now[:12]}"
+    return origin
 
 
 def warn(message: str) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import random
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from gpt2core.loader import Loader, Sequences
 from gpt2core.metrics import MetricsLog
 from gpt2core.model import GPT
 from gpt2core.optim import build_optimizer, learning_rate, set_learning_rate
-from gpt2core.shards import open_shards
+from gpt2core.shards import SPLITS, cache_of, keep_here, open_shards
 
 MAX_SKIPPED_IN_A_ROW = 10  # updates with a non-finite gradient before the run gives up
 
@@ -47,9 +46,12 @@ class Trainer:
         self.config, self.ranks = config, ranks
         train = config.train
         self.accum_steps = config.grad_accum_steps(ranks.world_size)
-        data_dir = Path(config.data.data_dir)
-        sequences = Sequences(open_shards(data_dir, "train"), config.model.context_length)
-        self.val_sequences = Sequences(open_shards(data_dir, "val"), config.model.context_length)
+        cache = cache_of(config.data, tell)
+        train_shards, val_shards = (open_shards(config.data.data_dir, split, cache) for split in SPLITS)
+        # the other orders read shard after shard, and remote ones come as they are needed
+        keep_here([*val_shards, *(train_shards if train.shuffle == "sequences" else [])])
+        sequences = Sequences(train_shards, config.model.context_length)
+        self.val_sequences = Sequences(val_shards, config.model.context_length)
         self.steps_per_epoch = steps_per_epoch(config, sequences)
         self.max_steps = train.num_epochs * self.steps_per_epoch
         self.loader = Loader(
@@ -262,10 +264,10 @@ class Trainer:
             "data": self.loader.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any], where: object) -> None:
+    def load_state_dict(self, state: dict[str, Any], where: object, accept_changed_data: bool = False) -> None:
         """Goes on from a saved state. Raises ValueError, saying what differs, when it is of another model or data."""
         check_same_model(where, state["config"]["model"], self.config.model.model_dump())
-        self.loader.load_state_dict(state["data"])
+        self.loader.load_state_dict(state["data"], accept_changed_data)
         self.raw_model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]

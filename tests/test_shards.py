@@ -63,8 +63,8 @@ def test_names_are_build_nanogpts():
 def test_build_nanogpts_shards_work_without_a_manifest(folder):
     assert read_manifest(folder) is None
     train, val = open_shards(folder, "train"), open_shards(folder, "val")
-    assert [shard.path.name for shard in train] == ["edufineweb_train_000001.npy", "edufineweb_train_000002.npy"]
-    assert [shard.path.name for shard in val] == ["edufineweb_val_000000.npy"]
+    assert [shard.name for shard in train] == ["edufineweb_train_000001.npy", "edufineweb_train_000002.npy"]
+    assert [shard.name for shard in val] == ["edufineweb_val_000000.npy"]
     np.testing.assert_array_equal(train[0].tokens, tokens(5000, 1))
     np.testing.assert_array_equal(train[1].tokens, tokens(3000, 2))
     np.testing.assert_array_equal(val[0].tokens, tokens(5000, 0))
@@ -80,7 +80,7 @@ def test_other_files_in_the_folder_are_no_shards(folder):
 def test_shards_come_in_the_order_of_their_numbers(tmp_path):
     for index in (10, 2, 1, 0):
         save(tmp_path / shard_name(index), tokens(10, index))
-    names = [shard.path.name for shard in open_shards(tmp_path, "train")]
+    names = [shard.name for shard in open_shards(tmp_path, "train")]
     assert names == [shard_name(1), shard_name(2), shard_name(10)]
 
 
