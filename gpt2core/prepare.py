@@ -38,6 +38,7 @@ from gpt2core.sources import (
     DAMAGE_LISTED,
     Damage,
     DamagedDocumentError,
+    Document,
     SourceFile,
     Span,
     documents,
@@ -56,7 +57,7 @@ from gpt2core.storage import (
     remove,
     write_text,
 )
-from gpt2core.tokenizer import EOT, VOCAB_BPE_SHA256, Encode, encoder, pieces
+from gpt2core.tokenizer import EOT, PIECE_CHARACTERS, VOCAB_BPE_SHA256, Encode, UncuttableTextError, encoder, pieces
 
 PARTS = ".parts"  # folder of the parts, gone once the manifest is written
 PLAN = "plan.json"
@@ -414,12 +415,12 @@ def _write_documents(file: IO[bytes], data: DataConfig, span: Span, damage: Dama
         tokens = 0
         file.write(EOT_BYTES)
         try:
-            for text in pieces([document] if isinstance(document, str) else document):
+            for text in pieces(_chunks(document)):
                 ids = encode(text)
                 file.write(ids.data)
                 tokens += ids.size
-        except DamagedDocumentError as error:
-            damage.found(span.file.url, str(error))
+        except (DamagedDocumentError, UncuttableTextError) as error:
+            damage.found(str(error))
             tokens, empty = 0, empty - 1
         if tokens:
             count, position = count + 1, position + 2 * (1 + tokens)
@@ -434,6 +435,14 @@ def _write_documents(file: IO[bytes], data: DataConfig, span: Span, damage: Dama
         damaged_documents=damage.documents,
         damage=damage.places,
     )
+
+
+def _chunks(document: Document) -> Iterable[str]:
+    if not isinstance(document, str):
+        return document
+    if len(document) <= PIECE_CHARACTERS:
+        return (document,)
+    return (document[at : at + PIECE_CHARACTERS] for at in range(0, len(document), PIECE_CHARACTERS))
 
 
 def _encoder(data: DataConfig) -> Encode:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import codecs
 import functools
+import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
@@ -66,8 +67,10 @@ class Damage:
     skip: bool
     documents: int = 0
     places: list[str] = field(default_factory=list)
+    here: Callable[[], str] = str  # place of the document that was handed out last
 
-    def found(self, place: str, what: str, documents: int = 1) -> None:
+    def found(self, what: str, place: str = "", documents: int = 1) -> None:
+        place = place or self.here()
         if not self.skip:
             raise ValueError(f"source {place}: {what}; mend it, or leave such documents out with --on_damage skip")
         self.documents += documents
@@ -256,6 +259,7 @@ def documents(span: Span, text_column: str, damage: Damage) -> Iterator[Document
             case "jsonl":
                 yield from _jsonl_documents(stream, span, text_column, damage)
             case "text":
+                damage.here = lambda: span.file.url
                 yield _text_chunks(stream, span.file)
 
 
@@ -266,6 +270,7 @@ def _parquet_documents(stream: IO[bytes], span: Span, text_column: str, damage: 
     # pre_buffer would hold a whole row group in memory
     opened = parquet.ParquetFile(stream, metadata=metadata, pre_buffer=False, buffer_size=CHUNK_BYTES)
     row = sum(metadata.row_group(group).num_rows for group in range(span.start))
+    damage.here = lambda: f"{span.file.url}, row {row}"
     for group in range(span.start, span.end):
         rows = metadata.row_group(group).num_rows
         batch_size = max(1, min(1024, rows * BATCH_BYTES // max(1, metadata.row_group(group).total_byte_size)))
@@ -277,12 +282,12 @@ def _parquet_documents(stream: IO[bytes], span: Span, text_column: str, damage: 
             except Exception as error:  # StopIteration, too: fewer rows than the footer says
                 _raise_if_lost(error, span.file)
                 place = f"{span.file.url}, row group {group}, rows {row} to {next_group - 1}"
-                damage.found(place, f"they cannot be read ({first_line(error)})", next_group - row)
+                damage.found(f"they cannot be read ({first_line(error)})", place, next_group - row)
                 row = next_group
                 break
             for text in texts:
                 if isinstance(text, UnicodeDecodeError):
-                    damage.found(f"{span.file.url}, row {row}", f"it is not UTF-8 ({text.reason})")
+                    damage.found(f"it is not UTF-8 ({text.reason})")
                 else:
                     yield text
                 row += 1
@@ -315,12 +320,13 @@ def _jsonl_documents(stream: IO[bytes], span: Span, text_column: str, damage: Da
         position += len(stream.readline()) - 1
     first_line_at = position
     lines_before = functools.cache(lambda: _count_lines(span.file, first_line_at))
+    damage.here = lambda: f"{url}, line {lines_before() + line_number}"
     while whole or position < span.end:
         try:
             line = stream.readline()
         except Exception as error:
             _raise_if_lost(error, span.file)
-            damage.found(f"{url}, after line {line_number}", f"the rest cannot be read ({first_line(error)})")
+            damage.found(f"the rest cannot be read ({first_line(error)})", f"{url}, after line {line_number}")
             return
         if not line:
             return
@@ -333,7 +339,7 @@ def _jsonl_documents(stream: IO[bytes], span: Span, text_column: str, damage: Da
             if first and str(error).startswith("has no column"):
                 raise ValueError(f"source {url} {error}") from None
             what = f"it is not UTF-8 ({error.reason})" if isinstance(error, UnicodeDecodeError) else first_line(error)
-            damage.found(f"{url}, line {lines_before() + line_number}", what)
+            damage.found(what)
             continue
         yield text
 
@@ -386,7 +392,10 @@ def _open(file: SourceFile) -> Any:
     try:
         filesystem, path = fsspec.url_to_fs(file.url)
         size = filesystem.size(path)
-        opened = filesystem.open(path, "rb", compression="infer" if file.url.endswith(COMPRESSION) else None)
+        if file.url.endswith(COMPRESSION):  # buffered, for zstandard's own reader knows no lines
+            opened = io.BufferedReader(filesystem.open(path, "rb", compression="infer"))
+        else:
+            opened = filesystem.open(path, "rb")
     except Exception as error:
         _lost(error, file)
     if size != file.size_bytes:

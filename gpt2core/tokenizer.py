@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import lzma
+import re
 from collections.abc import Callable, Iterable, Iterator
 from importlib import resources
 
@@ -37,7 +38,19 @@ def encoding() -> tiktoken.Encoding:
 Encode = Callable[[str], np.ndarray]
 
 PIECE_CHARACTERS = 1 << 20  # longer texts are encoded piece by piece, to bound memory
-ASCII_SPACE = " \n\t\r"  # whitespace to Python and to the split pattern alike
+LONGEST_WORD = 8 << 20  # characters that tiktoken may get at once; it needs some 50 bytes for each
+
+# Where no token of SPLIT_PATTERN ever crosses: from anything into whitespace, from a letter into what is none, from a
+# digit into what is none. Only characters whose class is the same in every version of Unicode take part.
+BREAK = re.compile(
+    r"(?<=\S)(?=[ \n\t\r])"
+    r"|(?<=[A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3])(?=[!-@\[-`{-~\u3001\u3002\uff01\uff0c\uff1f])"
+    r"|(?<=[0-9])(?=[!-/:-~])"
+)
+
+
+class UncuttableTextError(ValueError):
+    """A text is too long to be encoded at once and offers no place to cut it."""
 
 
 def encoder(library: str = "tiktoken") -> Encode:
@@ -69,25 +82,35 @@ def _with_valid_unicode(encode: Encode, text: str) -> np.ndarray:
 def pieces(chunks: Iterable[str], size: int = PIECE_CHARACTERS) -> Iterator[str]:
     """The same text in pieces of about `size` characters whose tokens, end to end, are the tokens of the whole.
 
-    No token holds whitespace after a non-whitespace character (SPLIT_PATTERN), so that a text may be cut there, and
-    neither side's tokens change. A text without whitespace stays whole.
+    Raises UncuttableTextError when LONGEST_WORD characters in a row offer no place to cut.
     """
     text = ""
     for chunk in chunks:
-        searched = max(0, len(text) - 1)
+        searched = len(text)
         text += chunk
-        if len(text) >= size and (end := _last_cut(text, searched)):
+        if len(text) < size:
+            continue
+        if end := _last_cut(text, searched):
             yield text[:end]
             text = text[end:]
+        elif len(text) > LONGEST_WORD:
+            raise UncuttableTextError(
+                f"it has more than {LONGEST_WORD:,} characters in a row without a break between words"
+            )
     if text:
         yield text
 
 
 def _last_cut(text: str, start: int) -> int:
-    """The last place after `start` where whitespace follows something else; 0 when there is none."""
-    last_space = max(text.rfind(space, start) for space in ASCII_SPACE)
-    before = text[start : last_space + 1].rstrip(ASCII_SPACE)
-    return start + len(before) if last_space >= start and before and not before[-1].isspace() else 0
+    """The last place from `start` on where the text can be cut, 0 when there is none; looks from the end."""
+    window = 4096
+    while True:
+        since = max(start, len(text) - window)
+        if cut := max((match.start() for match in BREAK.finditer(text, since)), default=0):
+            return cut
+        if since == start:
+            return 0
+        window *= 16
 
 
 @functools.cache

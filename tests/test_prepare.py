@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gpt2core.config import DataConfig
-from gpt2core.prepare import begin, list_sources, prepare, tokenize_source
+from gpt2core.prepare import begin, is_ready_made, prepare, prepare_file
 from gpt2core.shards import open_shards
 from gpt2core.tokenizer import VOCAB_BPE_SHA256, encoding
 
@@ -63,11 +63,21 @@ def config(folder: Path, source: object, **options) -> DataConfig:
 
 
 def make(folder: Path, source: object, **options):
-    return prepare(config(folder, source, **options), progress=lambda line: None)
+    return prepare(config(folder, source, **options), quiet)
+
+
+def quiet(line: str) -> None:
+    """Progress that nobody watches."""
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Everything in the folder but the lock file, whose presence says nothing."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def stamps(folder: Path, pattern: str) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.glob(pattern)}
 
 
 def refused(match: str, folder: Path, source: object, **options) -> str:
@@ -110,8 +120,8 @@ def test_the_stream_is_each_document_after_an_endoftext_in_the_order_of_the_file
 
 def test_the_first_shard_size_tokens_are_for_validation_and_the_rest_in_full_shards(dataset):
     val, train = open_shards(dataset, "val"), open_shards(dataset, "train")
-    assert [shard.path.name for shard in val] == ["edufineweb_val_000000.npy"]
-    assert [shard.path.name for shard in train] == [f"edufineweb_train_{n:06d}.npy" for n in range(1, len(train) + 1)]
+    assert [shard.name for shard in val] == ["edufineweb_val_000000.npy"]
+    assert [shard.name for shard in train] == [f"edufineweb_train_{n:06d}.npy" for n in range(1, len(train) + 1)]
     assert len(train) > 5
     sizes = [shard.tokens.size for shard in (*val, *train)]
     assert set(sizes[:-1]) == {SHARD}
@@ -129,9 +139,12 @@ def test_the_manifest_is_what_is_on_disk(dataset, corpus):
     assert manifest["sources"] == [
         {
             "url": str(corpus / f"part-{number}.jsonl"),
+            "size_bytes": (corpus / f"part-{number}.jsonl").stat().st_size,
             "documents": 6,
             "tokens": expected_tokens(documents(6, 6 * number)).size,
             "empty_documents": 0,
+            "damaged_documents": 0,
+            "damage": [],
         }
         for number in range(10)
     ]
@@ -245,10 +258,9 @@ def test_two_processes_make_the_same_bytes_as_one(dataset, corpus, tmp_path):
 
 
 def test_a_second_run_does_nothing(dataset, corpus):
-    stamps = {path: path.stat().st_mtime_ns for path in dataset.iterdir()}
-    said: list[str] = []
+    before, said = stamps(dataset, "*"), list[str]()
     manifest = prepare(config(dataset, corpus), said.append)
-    assert {path: path.stat().st_mtime_ns for path in dataset.iterdir()} == stamps
+    assert stamps(dataset, "*") == before
     assert len(said) == 1
     assert said[0].startswith(f"{dataset} is complete: {sum(shard.tokens for shard in manifest.shards):,} tokens of 60")
 
@@ -272,12 +284,11 @@ def test_a_run_that_was_killed_goes_on_with_what_is_missing(dataset, corpus, tmp
     assert not (folder / "manifest.json").exists()
     with pytest.raises(ValueError, match="holds no train shards"):
         open_shards(folder, "train")  # half a dataset is none
-    part = folder / ".parts" / "000000.tokens"
-    stamp = part.stat().st_mtime_ns
+    before = stamps(folder / ".parts", "*.tokens")
+    assert before
     data = config(folder, corpus)
-    assert begin(data, list_sources(data)) is None
-    tokenize_source(data, list_sources(data)[0])
-    assert part.stat().st_mtime_ns == stamp  # not made a second time
+    prepare_file(data, begin(data).files[0].url, quiet)
+    assert stamps(folder / ".parts", "*.tokens").items() >= before.items()  # not made a second time
     make(folder, corpus)
     assert contents(folder) == contents(dataset)
 
@@ -285,12 +296,14 @@ def test_a_run_that_was_killed_goes_on_with_what_is_missing(dataset, corpus, tmp
 @pytest.mark.parametrize("done", [[3], [9, 0], list(range(10))])
 def test_parts_made_in_any_order_are_gone_on_from(dataset, corpus, tmp_path, done):
     data = config(tmp_path, corpus)
-    sources = list_sources(data)
-    begin(data, sources)
+    files = begin(data).files
     for number in done:
-        tokenize_source(data, sources[number])
-    if 5 not in done:
-        (tmp_path / ".parts" / "000005.tokens").write_bytes(b"there is no record of it, so it does not count")
+        prepare_file(data, files[number].url, quiet)
+    for record in (tmp_path / ".parts").glob("*.json"):
+        if len(done) == 2 and record.name != "plan.json":
+            record.unlink()  # what has no record does not count, be it whole or not
+            tokens = record.with_suffix(".tokens")
+            tokens.write_bytes(tokens.read_bytes()[:100] if tokens.exists() else b"")
     make(tmp_path, corpus)
     assert contents(tmp_path) == contents(dataset)
 
@@ -298,10 +311,8 @@ def test_parts_made_in_any_order_are_gone_on_from(dataset, corpus, tmp_path, don
 @pytest.mark.parametrize("cut_off", ["a shard", "the manifest"])
 def test_a_run_that_died_while_cutting_shards_makes_them_again(dataset, corpus, tmp_path, cut_off):
     data = config(tmp_path, corpus)
-    sources = list_sources(data)
-    begin(data, sources)
-    for source in sources:
-        tokenize_source(data, source)
+    for file in begin(data).files:
+        prepare_file(data, file.url, quiet)
     shards = sorted(dataset.glob("*.npy"))
     for path in shards[:3] if cut_off == "a shard" else shards:
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -342,7 +353,7 @@ def test_a_missing_source_is_refused_by_name(tmp_path):
     assert str(tmp_path / "none.txt") in refused("no such file", out, tmp_path / "none.txt")
     assert "*.parquet" in refused("no such file", out, f"{tmp_path}/*.parquet")
     (tmp_path / "bare").mkdir()
-    refused("no such file", out, tmp_path / "bare")
+    refused("that folder has no files that end in .parquet", out, tmp_path / "bare")
     assert not out.exists()
 
 
@@ -441,8 +452,7 @@ def test_a_folder_with_a_dataset_of_another_source_is_left_alone(dataset):
 
 def test_a_folder_with_another_dataset_half_made_is_left_alone(corpus, tmp_path):
     data = config(tmp_path, corpus)
-    begin(data, list_sources(data))
-    tokenize_source(data, list_sources(data)[0])
+    prepare_file(data, begin(data).files[0].url, quiet)
     before = contents(tmp_path)
     assert str(tmp_path) in refused("half made.*source: ", tmp_path, SHAKESPEARE)
     assert contents(tmp_path) == before
@@ -467,13 +477,11 @@ def test_the_command_ends_with_1_and_a_sentence(tmp_path):
 
 
 def test_shards_made_elsewhere_are_told_from_a_dataset_half_made(tmp_path):
-    from gpt2core.prepare import is_ready_made
-
     data = DataConfig(data_dir=str(tmp_path))
     assert not is_ready_made(data)
     np.save(tmp_path / "edufineweb_val_000000.npy", np.arange(10, dtype=np.uint16))
     assert not is_ready_made(data)
     np.save(tmp_path / "edufineweb_train_000001.npy", np.arange(10, dtype=np.uint16))
     assert is_ready_made(data)
-    (tmp_path / ".parts").mkdir()
+    (tmp_path / "manifest.json").write_text("{}")
     assert not is_ready_made(data)

@@ -9,15 +9,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gpt2core.tokenizer import (
     ENCODER_JSON_SHA256,
     EOT,
+    PIECE_CHARACTERS,
     VOCAB_BPE_SHA256,
+    UncuttableTextError,
+    encoder,
     encoder_json,
     encoding,
     mergeable_ranks,
+    pieces,
     vocab_bpe,
 )
 
@@ -105,3 +112,43 @@ def test_the_ranks_are_all_ids_below_endoftext():
     vocabulary = json.loads(encoder_json())
     assert len(vocabulary) == 50257
     assert vocabulary["<|endoftext|>"] == EOT
+
+
+# --- long texts, piece by piece ----------------------------------------------------------------------------------------
+
+# What the split pattern tells apart, and what Unicode's and Python's notions of a space disagree on.
+ALPHABET = "aZ'sé日。가07²_-!  \n\r\t\x0b\x1c\x1f\x85\xa0\u2003\u3000\u0301🙂<|>"
+
+
+@given(st.text(alphabet=ALPHABET, max_size=60), st.integers(1, 20), st.integers(1, 7))
+@settings(max_examples=1500, deadline=None)
+def test_the_pieces_of_a_text_have_its_tokens(text, size, chunk):
+    cut = list(pieces((text[at : at + chunk] for at in range(0, len(text), chunk)), size))
+    assert "".join(cut) == text
+    tokens = [id for piece in cut for id in encoding().encode_ordinary(piece)]
+    assert tokens == encoding().encode_ordinary(text)
+
+
+def test_long_texts_come_in_pieces_that_bound_memory():
+    for word in ("word ", "base64+", "12-", "line\n", "日本語。"):
+        text = word * (3 * PIECE_CHARACTERS // len(word))
+        cut = list(pieces([text[at : at + 10_000] for at in range(0, len(text), 10_000)]))
+        assert "".join(cut) == text
+        assert max(map(len, cut)) <= PIECE_CHARACTERS + 10_000
+
+
+def test_a_word_too_long_to_encode_is_refused(monkeypatch):
+    monkeypatch.setattr("gpt2core.tokenizer.LONGEST_WORD", 1000)
+    with pytest.raises(UncuttableTextError, match="more than 1,000 characters in a row"):
+        list(pieces(["a" * 100] * 20, 50))
+    assert list(pieces(["a" * 100] * 9, 50)) == ["a" * 900]
+
+
+@pytest.mark.parametrize("library", ["tiktoken", "riptoken"])
+def test_both_libraries_give_the_tokens_of_encode_ordinary(library):
+    encode = encoder(library)
+    shakespeare = SHAKESPEARE.read_text(encoding="utf-8")
+    for text in ["", " ", "\0\0 null\0", "<|endoftext|>", "lone \ud83d surrogate", ALPHABET * 3, shakespeare]:
+        tokens = encode(text)
+        assert tokens.dtype == np.uint16
+        assert tokens.tolist() == encoding().encode_ordinary(text)
