@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import select
 import signal
 import subprocess
@@ -18,9 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gpt2core import lock
 from gpt2core.config import DataConfig
 from gpt2core.prepare import begin, is_ready_made, prepare, prepare_file
 from gpt2core.shards import open_shards
+from gpt2core.sources import SourceError
 from gpt2core.tokenizer import VOCAB_BPE_SHA256, encoding
 
 REPO = Path(__file__).parents[1]
@@ -343,6 +346,217 @@ def test_no_worker_outlives_a_killed_run(corpus, tmp_path):
             if handle in alive:
                 signal.pidfd_send_signal(handle, signal.SIGKILL)
             os.close(handle)
+
+
+@pytest.fixture(scope="module")
+def big_corpus(tmp_path_factory):
+    """Parquet of many spans and jsonl of several, so that a kill meets files half done."""
+    folder = tmp_path_factory.mktemp("big")
+    texts = documents(60)
+    for number in range(3):
+        write_parquet(folder / f"part-{number}.parquet", {"text": texts[20 * number :][:20] * 20}, row_group_size=20)
+    write_jsonl(folder / "part-3.jsonl", [{"text": text} for text in texts * 6])
+    return folder
+
+
+SMALL_SPANS = "import gpt2core.sources as s; s.SPAN_BYTES = 30_000; "
+
+
+def start_with_small_spans(folder: Path, source: Path, **options: object) -> subprocess.Popen[str]:
+    """A run of one process in which each file has dozens of spans, so that there is much to lose."""
+    data = {"data_dir": str(folder), "source": str(source), "shard_size": 50_000, "num_workers": 1} | options
+    code = f"from gpt2core.prepare import *; prepare(DataConfig(**{data!r}), tell)"
+    return subprocess.Popen(
+        [sys.executable, "-c", SMALL_SPANS + code],
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment_leave_the_same_bytes_and_lose_only_the_span_at_work(big_corpus, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    output, _ = start_with_small_spans(whole, big_corpus).communicate(timeout=120)
+    assert "is complete" in output
+    parts = folder / ".parts"
+    for wanted in [0, 1, 2, 3, 5, 10, 20, 40]:  # parts that are there when the kill comes
+        recorded = {path.stem for path in parts.glob("*.json")}
+        before = {path: stamp for path, stamp in stamps(parts, "*.tokens").items() if path.stem in recorded}
+        process = start_with_small_spans(folder, big_corpus)
+        while len(list(parts.glob("*.tokens"))) < len(before) + wanted and process.poll() is None:
+            time.sleep(0.001)
+        process.kill()
+        process.communicate()
+        assert stamps(parts, "*.tokens").items() >= before.items()  # none was made a second time
+        assert not (folder / "manifest.json").exists()
+        assert not list(folder.glob("*.npy"))
+    output, _ = start_with_small_spans(folder, big_corpus).communicate(timeout=120)
+    assert "is complete" in output
+    assert contents(folder) == contents(whole)
+
+
+@pytest.mark.slow
+def test_a_kill_while_shards_are_written_shows_no_partial_shard(big_corpus, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    start_with_small_spans(whole, big_corpus, shard_size=1024).communicate(timeout=120)
+    process = start_with_small_spans(folder, big_corpus, shard_size=1024)
+    while len(list(folder.glob("*.npy"))) < 5 and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    assert not (folder / "manifest.json").exists()
+    for shard in folder.glob("*.npy"):
+        assert shard.read_bytes() == (whole / shard.name).read_bytes()
+    start_with_small_spans(folder, big_corpus, shard_size=1024).communicate(timeout=120)
+    assert contents(folder) == contents(whole)
+
+
+@pytest.mark.slow
+def test_two_runs_on_one_folder_both_end_well(big_corpus, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "both"
+    start_with_small_spans(whole, big_corpus).communicate(timeout=120)
+    runs = [start_with_small_spans(folder, big_corpus) for _ in range(2)]
+    outputs = [run.communicate(timeout=120)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert any("is being prepared by process" in output for output in outputs)
+    assert contents(folder) == contents(whole)
+
+
+def test_a_run_waits_for_the_one_that_holds_the_folder(dataset, corpus, tmp_path):
+    folder = tmp_path / "busy"
+    with lock.hold(folder / ".lock"):
+        process = subprocess.Popen(command(folder, corpus, 1), cwd=REPO, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(f"{folder} is being prepared by process {os.getpid()} on ")
+        assert process.poll() is None
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert contents(folder) == contents(dataset)
+
+
+def test_a_file_that_fails_leaves_the_others_work_and_is_all_that_is_missing(corpus, dataset, tmp_path):
+    sources = tmp_path / "texts"
+    sources.mkdir()
+    for path in corpus.iterdir():
+        (sources / path.name).write_bytes(path.read_bytes())
+    (sources / "part-4.jsonl").write_text('{"text": 4}')
+    refused(r"part-4\.jsonl, line 1: column 'text' holds int", tmp_path / "out", sources)
+    before = stamps(tmp_path / "out" / ".parts", "*.tokens")
+    assert len(before) == 9
+    (sources / "part-4.jsonl").write_bytes((corpus / "part-4.jsonl").read_bytes())
+    data = config(tmp_path / "out", sources)
+    prepare_file(data, begin(data).files[4].url, quiet)
+    after = stamps(tmp_path / "out" / ".parts", "*.tokens")
+    assert after.items() >= before.items() and len(after) == 10  # only the one that failed was made
+    make(tmp_path / "out", sources)
+    assert all_tokens(tmp_path / "out").tolist() == all_tokens(dataset).tolist()
+
+
+def test_a_file_that_vanishes_is_named_and_the_rest_goes_on(corpus, dataset, tmp_path):
+    sources = tmp_path / "texts"
+    sources.mkdir()
+    for path in corpus.iterdir():
+        (sources / path.name).write_bytes(path.read_bytes())
+    data = config(tmp_path / "out", sources)
+    plan = begin(data)
+    (sources / "part-0.jsonl").rename(tmp_path / "away")
+    with pytest.raises(SourceError, match=r"part-0\.jsonl cannot be read: it is gone"):
+        prepare_file(data, plan.files[0].url, quiet)
+    (tmp_path / "away").rename(sources / "part-0.jsonl")
+    make(tmp_path / "out", sources)
+    assert all_tokens(tmp_path / "out").tolist() == all_tokens(dataset).tolist()
+
+
+def test_what_is_skipped_is_counted_in_the_manifest_and_said(tmp_path):
+    texts = documents(8)
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts[:4]] + [{"text": 1}] + [{"text": texts[4]}])
+    write_jsonl(tmp_path / "b.jsonl", [{"text": text} for text in texts[5:]] + [{"text": ""}])
+    refused("line 5: .*--on_damage skip", tmp_path / "out", tmp_path / "*.jsonl")
+    said: list[str] = []
+    manifest = prepare(config(tmp_path / "out", tmp_path / "*.jsonl", on_damage="skip"), said.append)
+    assert [source.damaged_documents for source in manifest.sources] == [1, 0]
+    assert manifest.sources[0].damage == [f"{tmp_path / 'a.jsonl'}, line 5: column 'text' holds int and not text"]
+    assert "left out: 1 empty and 1 damaged" in said[-1]
+    np.testing.assert_array_equal(all_tokens(tmp_path / "out"), expected_tokens(texts))
+
+
+def test_parts_made_while_skipping_do_not_count_without(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": 1}] + [{"text": text} for text in documents(8)])
+    skipping = config(tmp_path / "out", tmp_path / "a.jsonl", on_damage="skip")
+    prepare_file(skipping, begin(skipping).files[0].url, quiet)
+    refused("line 1: column 'text' holds int", tmp_path / "out", tmp_path / "a.jsonl")
+
+
+def test_a_text_file_damaged_in_its_middle_leaves_no_trace(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"some words " * 300_000 + b"caf\xe9")
+    write_jsonl(tmp_path / "b.jsonl", [{"text": text} for text in documents(8)])
+    manifest = make(tmp_path / "out", tmp_path, on_damage="skip")
+    assert [source.damaged_documents for source in manifest.sources] == [1, 0]
+    np.testing.assert_array_equal(all_tokens(tmp_path / "out"), expected_tokens(documents(8)))
+
+
+def test_riptoken_makes_the_same_bytes_and_is_checked(dataset, corpus, tmp_path, monkeypatch):
+    make(tmp_path / "quick", corpus, encoder="riptoken")
+    assert contents(tmp_path / "quick") == contents(dataset)
+
+    class Wrong:
+        def __init__(self, *arguments: object) -> None:
+            pass
+
+        def encode_ordinary(self, text: str) -> list[int]:
+            return [1, 2, 3]
+
+    monkeypatch.setattr("riptoken.CoreBPE", Wrong)
+    refused("riptoken gives other tokens than tiktoken", tmp_path / "wrong", corpus, encoder="riptoken")
+
+
+@pytest.mark.slow
+def test_huge_documents_and_files_stay_under_a_gigabyte_a_process(tmp_path):
+    """100 MB in one document of each format: the tokens are those of its parts, for it is cut between words only."""
+    sentence = "The quick brown fox, naïve as ever, jumps over 12 lazy dogs.\n"
+    text = sentence * (100_000_000 // len(sentence.encode()))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    write_jsonl(tmp_path / "b.jsonl", [{"text": text}])
+    write_parquet(tmp_path / "c.parquet", {"text": ["small", text, "small"]})
+    data = {"data_dir": str(tmp_path / "out"), "source": str(tmp_path), "num_workers": 1, "shard_size": 10_000_000}
+    code = f"from gpt2core.prepare import *; prepare(DataConfig(**{data!r}), tell); print(open('/proc/self/status').read())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    peak = re.search(r"VmHWM:\s+(\d+) kB", done.stdout)
+    assert peak and int(peak[1]) < 1 << 20
+    of_text = np.concatenate([[EOT], np.tile(encoding().encode_ordinary(sentence), text.count("\n"))])
+    small = np.array([EOT, *encoding().encode_ordinary("small")])
+    expected = np.concatenate([of_text, of_text, small, of_text, small]).astype(np.uint16)
+    np.testing.assert_array_equal(all_tokens(tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize("when", ["tokens", "shards"])
+def test_a_full_disk_is_said_in_one_sentence_and_loses_nothing(dataset, corpus, tmp_path, when):
+    """The largest file that a process may write stands in for the disk: the system refuses the write the same way."""
+    limit = 3000 if when == "tokens" else None
+    folder = tmp_path / "full"
+    if when == "shards":
+        for file in begin(config(folder, corpus)).files:
+            prepare_file(config(folder, corpus), file.url, quiet)
+        limit = 3500  # a record fits, a shard of 2048 tokens does not
+    done = subprocess.run(
+        command(folder, corpus, 1),
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: (
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+        ),
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert f"{folder}: File too large; what is finished stays: make room and run again" in done.stderr
+    assert not list(folder.glob("*.npy")) and not (folder / "manifest.json").exists()
+    make(folder, corpus)
+    assert contents(folder) == contents(dataset)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
