@@ -23,6 +23,19 @@ def prepare(argv: list[str]) -> None:
     prepare_dataset(run_config(parser.parse_args(argv)).data)
 
 
+def data(argv: list[str]) -> int:
+    from gpt2core.dataset_check import print_dataset, print_problems
+
+    parser = Parser(prog="gpt2 data", description="Check a dataset from end to end, or show what it is made of.")
+    parser.add_argument("action", choices=["verify", "show"], help="what to do")
+    parser.add_argument("--data_dir", default=DataConfig().data_dir, metavar="DIR_OR_URL", help="folder of the shards")
+    arguments = parser.parse_args(argv)
+    if arguments.action == "verify":
+        return 1 if print_problems(arguments.data_dir) else 0
+    print_dataset(arguments.data_dir)
+    return 0
+
+
 def train(argv: list[str]) -> int:
     from gpt2core import launch
     from gpt2core import train as training
@@ -177,6 +190,7 @@ def _load(arguments: argparse.Namespace) -> NamedCheckpoint:
 
 COMMANDS = {
     "prepare": (prepare, "tokenize text into shards"),
+    "data": (data, "check a dataset, or show what it is made of"),
     "train": (train, "train, or go on training"),
     "evaluate": (evaluate, "measure a checkpoint: validation loss and HellaSwag"),
     "promote": (promote, "make the best measured model the one in artifacts/best/"),

@@ -195,7 +195,7 @@ def list_shards(data_dir: Location, split: Split) -> dict[str, int]:
 
 def _open_local(data_dir: Location, name: str, size_bytes: int) -> Shard:
     location = join(data_dir, name)
-    header_bytes, num_tokens = _layout(location, read_bytes(location, 0, FRONT_BYTES), size_bytes)
+    header_bytes, num_tokens = layout(location, read_bytes(location, 0, FRONT_BYTES), size_bytes)
     shard = Shard(location, num_tokens, np.empty(0), np.empty(0), header_bytes)
     return replace(shard, head=shard.tokens[:FINGERPRINT_TOKENS], tail=shard.tokens[-FINGERPRINT_TOKENS:])
 
@@ -203,7 +203,7 @@ def _open_local(data_dir: Location, name: str, size_bytes: int) -> Shard:
 def _open_remote(data_dir: Location, sizes: dict[str, int], cache: ShardCache) -> list[Shard]:
     urls = {join(data_dir, name): size_bytes for name, size_bytes in sizes.items()}
     fronts = _read([(url, 0, min(FRONT_BYTES, size_bytes)) for url, size_bytes in urls.items()])
-    layouts = [_layout(url, front, urls[url]) for url, front in zip(urls, fronts, strict=True)]
+    layouts = [layout(url, front, urls[url]) for url, front in zip(urls, fronts, strict=True)]
     backs = _read(
         [
             (url, urls[url] - 2 * min(FINGERPRINT_TOKENS, num_tokens), urls[url])
@@ -225,7 +225,7 @@ def _read(ranges: list[tuple[str, int, int]]) -> list[bytes]:
         raise unreachable(f"{ranges[0][0].rpartition('/')[0]}", error) from error
 
 
-def _layout(location: str, front: bytes, size_bytes: int) -> tuple[int, int]:
+def layout(location: str, front: bytes, size_bytes: int) -> tuple[int, int]:
     """Bytes of the header and number of tokens of a shard, from its first FRONT_BYTES.
 
     Raises ValueError when it is no shard or not a whole one.

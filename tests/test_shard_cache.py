@@ -19,6 +19,7 @@ import torch
 from moto.server import ThreadedMotoServer
 
 from gpt2core.config import DataConfig, RunConfig
+from gpt2core.dataset_check import verify
 from gpt2core.loader import Loader, Sequences
 from gpt2core.preflight import preflight
 from gpt2core.shard_cache import RemoteFile, ShardCache
@@ -347,6 +348,17 @@ def test_the_next_shard_comes_before_it_is_needed(remote: Bucket, lab: Any, tmp_
         loader.next_batch()
     lab.wait_until(lambda: on_disk(cache) == {"edufineweb_train_000001", "edufineweb_train_000002"}, "the second shard")
     loader.close()
+
+
+def test_data_verify_reads_remote_shards(remote: Bucket, local: Path) -> None:
+    assert verify(remote.url, lambda line: None) == []
+    content = bytearray((local / shard_name(1)).read_bytes())
+    content[200:202] = b"\xff\xff"
+    remote.put(shard_name(1), bytes(content))
+    (problem,) = verify(remote.url, lambda line: None)
+    assert problem.startswith(
+        f"{remote.url}/edufineweb_train_000001.npy: 1 ids are 50257 or more, the first at token 36;"
+    )
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------

@@ -209,3 +209,67 @@ def test_ids_that_gpt2_does_not_have_are_foreign(folder, place):
     save(path, foreign)
     with pytest.raises(ValueError, match=r"edufineweb_train_000001\.npy is no shard of GPT-2 tokens"):
         open_shards(folder, "train")
+
+
+# --- llm.c's format --------------------------------------------------------------------------------------------------
+
+
+def save_llmc(
+    path: Path, tokens: np.ndarray, magic: int = 20240520, version: int = 1, promised: int | None = None
+) -> None:
+    """As llm.c's dev/data/data_common.py lays it out."""
+    header = np.zeros(256, np.int32)
+    header[:3] = magic, version, tokens.size if promised is None else promised
+    path.write_bytes(header.tobytes() + tokens.astype(np.uint16).tobytes())
+
+
+@pytest.fixture
+def llmc_folder(tmp_path):
+    for index, count in enumerate([5000, 5000, 3000]):
+        save_llmc(tmp_path / f"fineweb_{'val' if index == 0 else 'train'}_{index:06d}.bin", tokens(count, index))
+    return tmp_path
+
+
+def test_llmcs_shards_are_read_where_they_lie(llmc_folder):
+    train, (val,) = open_shards(llmc_folder, "train"), open_shards(llmc_folder, "val")
+    assert [shard.name for shard in train] == ["fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    np.testing.assert_array_equal(train[0].tokens, tokens(5000, 1))
+    np.testing.assert_array_equal(train[1].tokens, tokens(3000, 2))
+    np.testing.assert_array_equal(val.tokens, tokens(5000, 0))
+    assert all(isinstance(shard.tokens, np.memmap) for shard in (*train, val))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"magic": 20240801}, "its first int32 is 20240801, not 20240520"),
+        ({"version": 7}, "version 7 of llm.c's format; version 1, of uint16 tokens, can be read"),
+        ({"promised": 3001}, "promises 3,001 tokens, which are 7,026 bytes, and it has 7,024"),
+        ({"promised": 2999}, "promises 2,999 tokens, which are 7,022 bytes, and it has 7,024"),
+        ({"promised": 1}, "is not a whole token shard"),
+    ],
+    ids=["magic", "version", "too few", "too many", "far too many"],
+)
+def test_a_bin_file_that_is_no_shard_is_refused_with_what_is_wrong(llmc_folder, wrong, words):
+    save_llmc(llmc_folder / "fineweb_train_000002.bin", tokens(3000, 2), **wrong)
+    with pytest.raises(ValueError, match=r"fineweb_train_000002\.bin") as caught:
+        open_shards(llmc_folder, "train")
+    assert words in str(caught.value)
+    assert len(open_shards(llmc_folder, "val")) == 1
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 3, 1000, 1024, 4001])
+def test_a_truncated_bin_file_is_refused_by_name(llmc_folder, kept_bytes):
+    path = llmc_folder / "fineweb_train_000001.bin"
+    path.write_bytes(path.read_bytes()[:kept_bytes])
+    with pytest.raises(ValueError, match=r"fineweb_train_000001\.bin is not a whole token shard"):
+        open_shards(llmc_folder, "train")
+
+
+def test_one_shard_in_two_formats_is_refused(llmc_folder):
+    save(llmc_folder / shard_name(3), tokens(100))
+    assert len(open_shards(llmc_folder, "train")) == 3
+    save(llmc_folder / shard_name(2), tokens(100))
+    with pytest.raises(ValueError, match=r"train shard 000002 twice, as edufineweb.*\.npy and fineweb.*\.bin"):
+        open_shards(llmc_folder, "train")
+    assert len(open_shards(llmc_folder, "val")) == 1
