@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,9 @@ def expected_sequences(sizes: list[int], context_length: int) -> list[int]:
 class Group:
     """The loaders of all ranks of one training job."""
 
-    def __init__(self, sequences, *, sequences_per_step, world_size, mini_batch_size, shuffle="sequences", seed=1):
+    def __init__(
+        self, sequences, *, sequences_per_step, world_size, mini_batch_size, shuffle="sequences", seed=1, prefetch=2
+    ):
         self.micro_steps, rest = divmod(sequences_per_step, world_size * mini_batch_size)
         assert not rest
         self.loaders = [
@@ -52,6 +55,7 @@ class Group:
                 shuffle=shuffle,
                 seed=seed,
                 device=CPU,
+                prefetch=prefetch,
             )
             for rank in range(world_size)
         ]
@@ -90,14 +94,15 @@ def sequences(tmp_path):
 @given(
     sizes=st.lists(st.integers(2, 120), min_size=1, max_size=4),
     context_length=st.integers(1, 9),
-    world_size=st.sampled_from([1, 2, 3, 4]),
+    world_size=st.sampled_from([1, 2, 3, 4, 8]),
     mini_batch_size=st.integers(1, 3),
     micro_steps=st.integers(1, 3),
     shuffle=st.sampled_from(["sequences", "shards", "none"]),
     seed=st.integers(0, 2**32),
+    prefetch=st.integers(0, 5),
 )
 def test_every_sequence_comes_exactly_once_an_epoch_across_the_ranks(
-    tmp_path_factory, sizes, context_length, world_size, mini_batch_size, micro_steps, shuffle, seed
+    tmp_path_factory, sizes, context_length, world_size, mini_batch_size, micro_steps, shuffle, seed, prefetch
 ):
     sizes = [*sizes, context_length + 1]  # at least one whole sequence
     sequences = make_sequences(tmp_path_factory.mktemp("shards"), sizes, context_length)
@@ -111,6 +116,7 @@ def test_every_sequence_comes_exactly_once_an_epoch_across_the_ranks(
         mini_batch_size=mini_batch_size,
         shuffle=shuffle,
         seed=seed,
+        prefetch=prefetch,
     )
     stream = [first for step in group.steps(-(-2 * len(expected) // sequences_per_step)) for first in step]
     group.close()
@@ -126,17 +132,71 @@ def test_every_token_but_the_first_of_a_shard_is_a_target_exactly_once(tmp_path)
     assert sorted(targets) == [*range(1, 65), *range(66, 98)]
 
 
+WORLD_SIZES = [1, 2, 3, 4, 8]  # all divide 24
+
+
+def ways_to_cut(sequences_per_step):
+    """World size and mini-batch size that make up a step together with a whole number of micro-steps."""
+    return [
+        (world_size, size)
+        for world_size in WORLD_SIZES
+        for size in range(1, sequences_per_step + 1)
+        if sequences_per_step % (world_size * size) == 0
+    ]
+
+
 @pytest.mark.parametrize("shuffle", ["sequences", "shards", "none"])
 def test_any_number_of_ranks_sees_the_same_stream(sequences, shuffle):
-    seen = {}
-    for world_size, mini_batch_size in [(1, 8), (1, 1), (2, 4), (2, 1), (4, 2), (4, 1), (8, 1)]:
+    ways = ways_to_cut(24)
+    assert {world_size for world_size, _ in ways} == set(WORLD_SIZES)
+    seen = []
+    for world_size, mini_batch_size in ways:
         group = Group(
-            sequences, sequences_per_step=8, world_size=world_size, mini_batch_size=mini_batch_size, shuffle=shuffle
+            sequences, sequences_per_step=24, world_size=world_size, mini_batch_size=mini_batch_size, shuffle=shuffle
         )
-        seen[world_size, mini_batch_size] = group.steps(24)  # over two epochs of 84 sequences
+        seen.append(group.steps(8))  # over two epochs of 84 sequences
         group.close()
-    for steps in seen.values():
-        assert steps == seen[1, 8]
+    assert all(steps == seen[0] for steps in seen)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    before=st.sampled_from(ways_to_cut(24)),
+    after=st.sampled_from(ways_to_cut(24)),
+    prefetch=st.tuples(st.integers(0, 6), st.integers(0, 6)),
+    stopped_at=st.integers(0, 8),
+    shuffle=st.sampled_from(["sequences", "shards", "none"]),
+    seed=st.integers(0, 2**32),
+)
+def test_a_resume_anywhere_in_any_other_cut_goes_on_with_the_next_global_batch(
+    tmp_path_factory, before, after, prefetch, stopped_at, shuffle, seed
+):
+    """World size, accumulation and prefetch depth change at a resume; the stream of whole steps does not."""
+    sequences = make_sequences(tmp_path_factory.mktemp("shards"), SIZES, 8)
+    options = {"sequences_per_step": 24, "shuffle": shuffle, "seed": seed}
+    first = Group(sequences, world_size=before[0], mini_batch_size=before[1], prefetch=prefetch[0], **options)
+    steps = first.steps(stopped_at)
+    state = json.loads(json.dumps(first.loaders[-1].state_dict()))  # small, and JSON
+    expected = first.steps(3)
+    first.close()
+    second = Group(sequences, world_size=after[0], mini_batch_size=after[1], prefetch=prefetch[1], **options)
+    for loader in second.loaders:
+        loader.load_state_dict(state)
+    assert second.steps(3) == expected
+    second.close()
+    assert len(steps) == stopped_at and state["consumed"] == 24 * stopped_at
+    assert state["epoch"] == 24 * stopped_at // 84
+
+
+def test_a_resume_reads_nothing_of_what_was_consumed(sequences):
+    """In constant time: a position a thousand epochs on comes as soon as the first."""
+    group = Group(sequences, sequences_per_step=8, world_size=1, mini_batch_size=2)
+    state = group.loaders[0].state_dict() | {"consumed": 84 * 1000}
+    group.loaders[0].load_state_dict(state)
+    order = [expected_sequences(SIZES, 8)[number] for number in epoch_order(sequences, "sequences", 1, 1000)]
+    assert group.steps(1) == [order[:8]]
+    assert set(group.loaders[0]._orders) == {1000, 1001}
+    group.close()
 
 
 def test_each_rank_reads_its_own_place_of_the_stream(sequences):
@@ -246,6 +306,49 @@ def test_a_position_in_another_order_is_refused_by_name(tmp_path_factory, change
         loader.load_state_dict(state)
     assert loader.consumed == 0
     other.close()
+
+
+def test_changed_data_can_be_accepted_and_nothing_else(tmp_path_factory):
+    options = {"sequences_per_step": 4, "world_size": 2, "mini_batch_size": 1}
+    saved = Group(make_sequences(tmp_path_factory.mktemp("first"), SIZES, 8), **options)
+    saved.steps(5)
+    state = saved.loaders[0].state_dict()
+    saved.close()
+    changed = make_sequences(tmp_path_factory.mktemp("other"), [*SIZES, 50], 8)
+    other, straight = Group(changed, **options), Group(changed, **options)
+    with pytest.raises(ValueError, match=r"fingerprint: .* with --accept_changed_data"):
+        other.loaders[0].load_state_dict(state)
+    for loader in other.loaders:
+        loader.load_state_dict(state, accept_changed_data=True)
+    assert other.steps(3) == straight.steps(8)[5:]  # at the same place of the new data's stream
+    with pytest.raises(ValueError, match="seed: 2 -> 1") as caught:
+        other.loaders[0].load_state_dict(state | {"seed": 2}, accept_changed_data=True)
+    assert "--accept_changed_data" not in str(caught.value)
+    other.close()
+    straight.close()
+
+
+def test_a_state_of_before_the_epoch_was_in_it_is_taken(sequences):
+    group = Group(sequences, sequences_per_step=8, world_size=1, mini_batch_size=2)
+    state = group.loaders[0].state_dict()
+    del state["epoch"]
+    group.loaders[0].load_state_dict(state | {"consumed": 16})
+    assert group.loaders[0].consumed == 16
+    group.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_on_a_gpu_are_those_on_the_cpu(sequences):
+    options = {"sequences_per_step": 8, "mini_batch_size": 4, "rank": 0, "world_size": 1, "seed": 1}
+    loaders = [
+        Loader(sequences, shuffle="sequences", device=device, **options) for device in (CPU, torch.device("cuda"))
+    ]
+    for _ in range(50):
+        for here, there in zip(*(loader.next_batch() for loader in loaders), strict=True):
+            assert there.device.type == "cuda" and there.dtype == torch.int64 and there.is_contiguous()
+            assert torch.equal(here, there.cpu())
+    for loader in loaders:
+        loader.close()
 
 
 def test_data_shorter_than_a_sequence_is_refused(tmp_path):

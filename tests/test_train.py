@@ -286,6 +286,22 @@ def test_another_dataset_is_refused(
     assert lab.load(run / "checkpoints" / "latest.pt")["step"] == lab.steps_per_epoch
 
 
+def test_another_dataset_is_taken_loudly_when_that_is_accepted(
+    lab: Any, first_epoch: Path, other_data_dir: Path, tmp_path: Path, train_here: Any, capsys: Any
+) -> None:
+    run = lab.copy_run(first_epoch, tmp_path)
+    flags = [*lab.flags(tmp_path, data_dir=other_data_dir), "--resume", "latest"]
+    with pytest.raises(ValueError, match="--accept_changed_data"):
+        train_here(flags)
+    train_here([*flags, "--accept_changed_data"])
+    for said in (capsys.readouterr().out, (run / "logs" / "log.txt").read_text()):
+        assert re.search(r"resumed from .* at step 12 .*WARNING: on other data than before, as accepted", said)
+    assert list(lab.logged(run, "loss")) == list(range(1, lab.max_steps + 1))
+    before, after = (lab.load(path / "checkpoints" / "latest.pt")["data"] for path in (first_epoch, run))
+    assert before["fingerprint"] != after["fingerprint"]
+    assert after["consumed"] == 2 * before["consumed"]
+
+
 def test_the_same_dataset_may_move(lab: Any, first_epoch: Path, tmp_path: Path, train_here: Any) -> None:
     lab.copy_run(first_epoch, tmp_path)
     moved = shutil.copytree(lab.data_dir, tmp_path / "moved")
