@@ -14,6 +14,7 @@ import numpy as np
 from gpt2core.config import VOCAB_SIZE
 from gpt2core.launch import tell
 from gpt2core.listing import show, size, table
+from gpt2core.shard_cache import unreachable
 from gpt2core.shards import FRONT_BYTES, MANIFEST, SHARD_NAME, SPLITS, Manifest, layout, list_shards, read_manifest
 from gpt2core.storage import Location, file_sizes, join, read_bytes
 from gpt2core.tokenizer import EOT, VOCAB_BPE_SHA256
@@ -65,12 +66,18 @@ def _manifest(data_dir: Location) -> tuple[Manifest | None, list[str]]:
 
 
 def check_shard(data_dir: Location, name: str, size_bytes: int) -> ShardCheck:
-    """Reads a whole shard, a chunk at a time."""
+    """Reads a whole shard; what is wrong with it, be it that it cannot be read, is in the answer."""
     location = join(data_dir, name)
     try:
-        header_bytes, num_tokens = layout(location, read_bytes(location, 0, min(FRONT_BYTES, size_bytes)), size_bytes)
+        return _read_shard(location, name, size_bytes)
     except ValueError as error:
         return ShardCheck(name, problem=str(error))
+    except Exception as error:  # each file system has errors of its own
+        return ShardCheck(name, problem=str(unreachable(location, error)))
+
+
+def _read_shard(location: str, name: str, size_bytes: int) -> ShardCheck:
+    header_bytes, num_tokens = layout(location, read_bytes(location, 0, min(FRONT_BYTES, size_bytes)), size_bytes)
     digest, documents, foreign, first_foreign = hashlib.sha256(), 0, 0, None
     for start in range(0, size_bytes, CHUNK_BYTES):
         chunk = read_bytes(location, start, min(start + CHUNK_BYTES, size_bytes))

@@ -45,11 +45,12 @@ class Sequences:
     def rows(self, numbers: np.ndarray, pin: bool = False) -> Tensor:
         """These sequences, (len(numbers), context_length + 1) uint16, in memory that a GPU can read from if `pin`."""
         rows = torch.empty((len(numbers), self.context_length + 1), dtype=torch.uint16, pin_memory=pin)
+        filled = rows.numpy()  # the same memory
         for shard, places in groupby(enumerate(numbers.tolist()), key=lambda place: self.shard_of(place[1])):
             with self.shards[shard].reading() as tokens:
                 for row, number in places:
                     start = (number - int(self.starts[shard])) * self.context_length
-                    rows.numpy()[row] = tokens[start : start + self.context_length + 1]
+                    filled[row] = tokens[start : start + self.context_length + 1]
         return rows
 
     def batch(self, numbers: np.ndarray) -> tuple[Tensor, Tensor]:

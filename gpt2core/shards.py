@@ -190,6 +190,10 @@ def list_shards(data_dir: Location, split: Split) -> dict[str, int]:
             f"{data_dir} holds {split} shard {both[0]} twice, as {in_npy[both[0]]} and {in_bin[both[0]]}: "
             f"keep one of the two formats"
         )
+    if unknown := [match[0] for match in matches if found[match[0]] is None]:  # a web server's listing may lack sizes
+        raise ValueError(
+            f"{data_dir}: the storage does not say how large {unknown[0]} is; copy the shards to a local folder"
+        )
     return {match[0]: found[match[0]] for match in matches}
 
 

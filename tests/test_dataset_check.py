@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from gpt2core.cli import run
 from gpt2core.config import DataConfig
-from gpt2core.dataset_check import verify
+from gpt2core.dataset_check import check_shard, verify
 from gpt2core.prepare import prepare
 from gpt2core.shards import read_manifest, shard_name
 
@@ -141,6 +142,13 @@ def test_the_command_fails_when_something_is_wrong(folder: Path, capsys: Any) ->
     shown = capsys.readouterr()
     assert len(shown.err.splitlines()) == 1 and "000002.npy is missing" in shown.err
     assert "1 problems" in shown.out
+
+
+def test_a_shard_that_cannot_be_read_is_a_problem_and_no_end(folder: Path) -> None:
+    """It was there when the folder was listed."""
+    check = check_shard(folder, shard_name(9), 1000)
+    assert check.tokens is None
+    assert check.problem is not None and re.search(r"000009\.npy cannot be read \(FileNotFoundError", check.problem)
 
 
 def test_two_formats_of_one_shard_are_a_problem(folder: Path) -> None:

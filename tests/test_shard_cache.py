@@ -418,6 +418,28 @@ def test_a_run_with_room_for_two_shards_keeps_to_it(bucket: Bucket, lab: Any, tm
 
 
 @pytest.mark.slow
+def test_a_run_killed_while_it_downloads_is_started_again(bucket: Bucket, lab: Any, tmp_path: Path) -> None:
+    content = io.BytesIO()
+    np.save(content, np.zeros(50_000_000, np.uint16))  # large enough to be met on its way
+    bucket.put(shard_name(1), content.getvalue())
+    bucket.put(shard_name(0), (lab.data_dir / shard_name(0)).read_bytes())
+    changes = {"data_dir": bucket.url, "cache_dir": tmp_path / "cache", "num_epochs": 1, "steps_per_epoch": 2}
+    flags = [*lab.flags(tmp_path / "runs", **changes), "--resume", "latest"]
+    folder = ShardCache(tmp_path / "cache", 10**9).folder
+    on_its_way = ".edufineweb_train_000001_npy_*.tmp"
+    with lab.started(tmp_path / "runs" / "tiny", flags) as run:
+        (left_over,) = run.wait_for(lambda: list(folder.glob(on_its_way)), "the download to begin")
+        run.kill_everything()
+    assert left_over.exists()
+    assert not list(folder.glob("edufineweb_train_*"))
+    lab.train(flags)
+    assert list(lab.logged(tmp_path / "runs" / "tiny", "loss")) == [1, 2]
+    (copy,) = folder.glob("edufineweb_train_*")
+    assert copy.read_bytes() == content.getvalue()
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.slow
 def test_evaluation_reads_remote_shards(
     lab: Any, straight: Path, remote_flags: Any, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
