@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from servers import http_files, hub, s3, s3_server  # noqa: F401  fixtures
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHAKESPEARE = REPOSITORY / "data" / "sample" / "tinyshakespeare.txt"
