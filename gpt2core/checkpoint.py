@@ -4,27 +4,134 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
-import fsspec
 import torch
+from torch import Tensor
 
-from gpt2core.checkpoint_folder import FORMAT, LATEST, Checkpoint, CheckpointFolder, Sidecar
+from gpt2core.checkpoint_folder import FORMAT, LATEST, Checkpoint, CheckpointFolder, Sidecar, Summary
+from gpt2core.storage import read_bytes
+
+SECONDS_TO_RETRY = 30.0
 
 
 def save(folder: CheckpointFolder, state: dict[str, Any], *, names: list[str], keep: int) -> Checkpoint:
     """Commits a state under its rolling name, `latest` and `names`. OSError leaves the older checkpoints as they were."""
-    return folder.commit(
-        lambda file: torch.save(state, file),
-        step=state["step"],
-        epoch=state["epoch"],
-        train_loss=state["train_loss"],
-        val_loss=state["val_loss"],
-        names=names,
-        keep=keep,
+    return folder.commit(lambda file: torch.save(state, file), _summary(state), names=names, keep=keep)
+
+
+def _summary(state: dict[str, Any]) -> Summary:
+    config = json.dumps(state.get("config"), sort_keys=True).encode()
+    return Summary(
+        **{name: state.get(name) for name in Summary.model_fields if name not in ("config_sha256", "torch_version")},
+        config_sha256=hashlib.sha256(config).hexdigest(),
+        torch_version=torch.__version__,
     )
+
+
+class Saver:
+    """Writes checkpoints behind the training's back, one at a time.
+
+    `begin` takes a copy of the state in host memory, on a GPU into pinned memory and in the order of its stream, so that
+    the next update may be queued at once; a thread writes it. A write that fails is reported and tried again until it
+    succeeds or a newer state takes its place.
+    """
+
+    def __init__(self, folder: CheckpointFolder, keep: int, report: Callable[[str], None]) -> None:
+        self.folder, self.keep, self.report = folder, keep, report
+        self.saved_step: int | None = None
+        self.error: Exception | None = None  # of the last attempt
+        self._staged = StagedState()
+        self._thread: Thread | None = None
+        self._hurry = Event()
+
+    def begin(self, state: dict[str, Any], names: list[str]) -> None:
+        """Takes the state as it is now; waits first for a write that is still under way, so that none is lost."""
+        self.finish()
+        started = time.perf_counter()
+        staged, wait_for_copy = self._staged.take(state)
+        stall_ms = 1000 * (time.perf_counter() - started)
+        self._hurry.clear()
+        # no daemon: a process that ends in order writes its last checkpoint to the end
+        self._thread = Thread(target=self._write, args=(staged, names, wait_for_copy, stall_ms), name="checkpoint")
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Waits for the write under way; one that failed before and waits to be tried again gets a last attempt."""
+        if self._thread:
+            self._hurry.set()
+            self._thread.join()
+            self._thread = None
+
+    def _write(
+        self, state: dict[str, Any], names: list[str], wait_for_copy: Callable[[], None], stall_ms: float
+    ) -> None:
+        step = state["step"]
+        while True:
+            was_last = self._hurry.is_set()
+            started = time.perf_counter()
+            try:
+                wait_for_copy()
+                saved = save(self.folder, state, names=names, keep=self.keep)
+                self.saved_step, self.error = step, None
+                self.report(
+                    f"step={step} saved {saved.name}.pt as latest.pt{''.join(f', {name}.pt' for name in names)} "
+                    f"({saved.sidecar.bytes / 1e6:.0f} MB in {time.perf_counter() - started:.1f} s, "
+                    f"training waited {stall_ms:.0f} ms)"
+                )
+                return
+            except Exception as error:  # remote storage has errors of its own, and none of them may end the training
+                self.error = error
+                self.report(
+                    f"step={step} WARNING: checkpoint not written ({type(error).__name__}: {error}); "
+                    f"going on, the older ones are intact, and this one is tried again"
+                )
+            if was_last:
+                return
+            self._hurry.wait(SECONDS_TO_RETRY)
+
+
+class StagedState:
+    """A copy of a state in host memory; its buffers serve again at the next one."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[Any, ...], Tensor] = {}
+
+    def take(self, state: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
+        """The copy, and what to call before it is read: the GPU may still be writing it."""
+        copies: dict[tuple[Any, ...], Tensor] = {}
+        staged = self._copy(state, copies)
+        self._buffers = copies
+        if not torch.cuda.is_initialized():
+            return staged, lambda: None
+        copied = torch.cuda.Event()
+        copied.record()
+        return staged, copied.synchronize
+
+    def _copy(self, value: Any, copies: dict[tuple[Any, ...], Tensor]) -> Any:
+        if isinstance(value, Tensor):
+            return self._copy_tensor(value.detach(), copies)
+        if isinstance(value, dict):
+            return {key: self._copy(item, copies) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._copy(item, copies) for item in value)
+        return value
+
+    def _copy_tensor(self, tensor: Tensor, copies: dict[tuple[Any, ...], Tensor]) -> Tensor:
+        """Tensors that share memory, as the head and the token embedding do, share their copy."""
+        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), str(tensor.device))
+        if key not in copies:
+            on_gpu = tensor.device.type == "cuda"
+            buffer = self._buffers.get(key)
+            if buffer is None:
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
+            copies[key] = buffer.copy_(tensor, non_blocking=on_gpu)
+        return copies[key]
 
 
 def load_newest(folder: CheckpointFolder, warn: Callable[[str], None]) -> dict[str, Any] | None:
@@ -32,15 +139,16 @@ def load_newest(folder: CheckpointFolder, warn: Callable[[str], None]) -> dict[s
 
     None when the folder holds no checkpoint at all; ValueError when it holds some and none is whole.
     """
-    if folder.file(LATEST).exists() and not folder.find(LATEST):
-        warn(f"skipped {folder.file(LATEST)}: its sidecar is missing or does not fit, so it was never finished")
-    for checkpoint in sorted(folder.all(), key=lambda found: found.name != LATEST):
+    whole = folder.all()
+    for name in sorted(set(folder.names()) - {checkpoint.name for checkpoint in whole}):
+        warn(f"skipped {folder.file(name)}: its sidecar is missing or does not fit, so it was never finished")
+    for checkpoint in sorted(whole, key=lambda found: found.name != LATEST):
         try:
-            return load(checkpoint.path, checkpoint.sidecar)
+            return load(checkpoint.location, checkpoint.sidecar)
         except ValueError as error:
             warn(f"skipped {error}")
-    if folder.has_any():
-        raise ValueError(f"{folder.path} holds checkpoints, but none of them is whole: look at the warnings above")
+    if folder.names():
+        raise ValueError(f"{folder.location} holds checkpoints, but none of them is whole: look at the warnings above")
     return None
 
 
@@ -52,8 +160,9 @@ def load(path: Path | str, sidecar: Sidecar | None = None) -> dict[str, Any]:
     Raises ValueError, naming the file, when it is damaged or not one of ours.
     """
     try:
-        with fsspec.open(str(path), "rb") as file:
-            content = file.read()
+        content = read_bytes(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} cannot be read: there is no such file") from None
     except (OSError, ImportError) as error:
         raise ValueError(f"{path} cannot be read ({error})") from None
     if sidecar and hashlib.sha256(content).hexdigest() != sidecar.sha256:
@@ -67,6 +176,19 @@ def load(path: Path | str, sidecar: Sidecar | None = None) -> dict[str, Any]:
     if state["format"] > FORMAT:
         raise ValueError(f"{path} was written by a newer version (format {state['format']}, this one reads {FORMAT})")
     return state
+
+
+def damage(folder: CheckpointFolder, name: str) -> str | None:
+    """What is wrong with a checkpoint, None when it is whole: its sidecar, its content, and that it loads."""
+    checkpoint = folder.find(name)
+    if checkpoint is None:
+        there = name in folder.names()
+        return "its sidecar is missing or does not fit" if there else f"there is none in {folder.location}"
+    try:
+        load(checkpoint.location, checkpoint.sidecar)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def check_same_model(path: object, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -1,18 +1,17 @@
-"""The checkpoint folder of a run: the user's tiers, one write linked to each name, sidecars as commit marks. No torch.
+"""The checkpoint folder of a run: the user's tiers, one write under several names, sidecars as commit marks. No torch.
 
     latest.pt            to resume                      rolling_step_XXXXXX.pt   the last `keep` of them
     latest_backup.pt     the one before                 epoch_XXXXX.pt           the end of each epoch
     best_model.pt        lowest validation loss         <name>.json              sidecar, written last
 
-A name counts only when its sidecar matches the file. A commit writes one new file, makes it durable, and then moves each
-name to it by rename, so at any moment of a crash at least one older or newer state is whole.
+The folder is a path or an fsspec URL. A name counts only when its sidecar matches the file. A commit writes one new file,
+makes it durable, and then gives it its further names (hard links, or copies on the server), each of which loses its
+sidecar before it moves and gets the new one after: at any moment of a crash at least one older or newer state is whole.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,10 +21,23 @@ from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gpt2core.storage import fsync_folder, publish, write_text
+from gpt2core.storage import (
+    Location,
+    alias,
+    file_sizes,
+    is_remote,
+    join,
+    local_path,
+    publish,
+    read_text,
+    remove,
+    size,
+    write_text,
+)
 
 FORMAT = 1
 LATEST, BACKUP, BEST = "latest", "latest_backup", "best_model"
+ROLLING = re.compile(r"^rolling_step_(\d+)\.pt$")
 
 
 def rolling_name(step: int) -> str:
@@ -37,16 +49,26 @@ def epoch_name(epoch: int) -> str:
     return f"epoch_{epoch:05d}"
 
 
-class Sidecar(BaseModel):
-    """What a checkpoint is, readable without torch, and the mark that it is whole."""
+class Summary(BaseModel):
+    """What a checkpoint is, readable without torch."""
 
     model_config = ConfigDict(frozen=True)  # a newer version's further fields are no reason to distrust a file
 
-    format: int = FORMAT
     step: int
     epoch: int  # finished epochs
     train_loss: float | None
     val_loss: float | None
+    best_val_loss: float | None = None
+    tokens_seen: int | None = None
+    train_seconds: float | None = None  # spent on training steps so far, over all attempts
+    config_sha256: str | None = None
+    torch_version: str | None = None
+
+
+class Sidecar(Summary):
+    """The summary with the mark that the file is whole."""
+
+    format: int = FORMAT
     bytes: int
     sha256: str
     saved_at: str  # UTC, ISO 8601
@@ -54,37 +76,29 @@ class Sidecar(BaseModel):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint: its file and its sidecar."""
+    """A committed checkpoint: the path or URL of its file, and its sidecar."""
 
-    path: Path
+    location: str
     sidecar: Sidecar
 
     @property
     def name(self) -> str:
-        return self.path.stem
+        return Path(self.location).stem
 
 
 class CheckpointFolder:
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, location: Location) -> None:
+        self.location = str(location)
 
     def commit(
-        self,
-        write: Callable[[IO[bytes]], object],
-        *,
-        step: int,
-        epoch: int,
-        train_loss: float | None,
-        val_loss: float | None,
-        names: list[str],
-        keep: int,
+        self, write: Callable[[IO[bytes]], object], summary: Summary, *, names: list[str], keep: int
     ) -> Checkpoint:
         """Takes the content from `write`, once, and gives it its rolling name, `latest` and the further `names`.
 
         Rolling checkpoints beyond `keep` are removed. An OSError, such as a full disk, leaves the older ones as they
         were.
         """
-        rolling = self.file(rolling_name(step))
+        rolling = self.file(rolling_name(summary.step))
         with publish(rolling) as file:
             hashing = _HashingWriter(file)
             try:
@@ -92,79 +106,89 @@ class CheckpointFolder:
             except RuntimeError:  # torch's writer covers a full disk with an error of its own
                 raise hashing.error or RuntimeError(f"{rolling} could not be written") from None
         sidecar = Sidecar(
-            step=step,
-            epoch=epoch,
-            train_loss=train_loss,
-            val_loss=val_loss,
-            bytes=rolling.stat().st_size,
+            **summary.model_dump(include=set(Summary.model_fields)),
+            bytes=hashing.num_bytes,
             sha256=hashing.hexdigest(),
             saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         saved = Checkpoint(rolling, sidecar)
         _write_sidecar(saved)
-        if (latest := self.find(LATEST)) and latest.sidecar.step != step:
+        if (latest := self.find(LATEST)) and latest.sidecar.step != summary.step:
             self._point(BACKUP, latest)
         for name in [LATEST, *names]:
             self._point(name, saved)
-        self.prune(keep, spare=rolling)
+        self.prune(keep, spare=saved.name)
         return saved
 
     def find(self, name: str) -> Checkpoint | None:
         """The checkpoint of this name if it is committed: its sidecar is there and the file has its size."""
-        path = self.file(name)
+        location = self.file(name)
         try:
-            sidecar = Sidecar.model_validate_json(path.with_suffix(".json").read_text(encoding="utf-8"))
-            whole = path.stat().st_size == sidecar.bytes
-        except (FileNotFoundError, ValidationError):
+            sidecar = Sidecar.model_validate_json(read_text(_sidecar_of(location)))
+            whole = size(location) == sidecar.bytes
+        except (FileNotFoundError, ValidationError, UnicodeDecodeError):
             return None
-        return Checkpoint(path, sidecar) if whole else None
+        return Checkpoint(location, sidecar) if whole else None
 
     def all(self) -> list[Checkpoint]:
         """Every committed checkpoint, newest step first."""
-        found = [checkpoint for path in self.path.glob("*.pt") if (checkpoint := self.find(path.stem))]
+        found = [checkpoint for name in self.names() if (checkpoint := self.find(name))]
         return sorted(found, key=lambda checkpoint: (-checkpoint.sidecar.step, checkpoint.name))
 
-    def has_any(self) -> bool:
-        """Whether any checkpoint file lies here, whole or not."""
-        return any(self.path.glob("*.pt"))
+    def names(self) -> list[str]:
+        """Names of all checkpoint files, whole or not."""
+        return sorted(name.removesuffix(".pt") for name in file_sizes(self.location) if name.endswith(".pt"))
 
     def disk_bytes(self) -> int:
         """Bytes that the checkpoints take; names of one file count once."""
-        sizes = {}
-        for path in self.path.glob("*.pt"):
-            with contextlib.suppress(FileNotFoundError):  # a trainer may remove it just now
-                sizes[path.stat().st_ino] = path.stat().st_size
-        return sum(sizes.values())
+        sizes = {name: count for name, count in file_sizes(self.location).items() if name.endswith(".pt")}
+        if is_remote(self.location):
+            return sum(sizes.values())
+        folder, by_file = local_path(self.location), {}
+        for name in sizes:
+            try:
+                stat = (folder / name).stat()
+            except FileNotFoundError:  # a trainer may remove it just now
+                continue
+            by_file[stat.st_ino] = stat.st_size
+        return sum(by_file.values())
 
-    def file(self, name: str) -> Path:
-        return self.path / f"{name}.pt"
+    def file(self, name: str) -> str:
+        return join(self.location, f"{name}.pt")
 
-    def prune(self, keep: int, spare: Path | None = None) -> list[Path]:
-        """Removes rolling checkpoints but the newest `keep` and `spare`, and what killed processes left; returns what
-        went."""
-        by_step = sorted(self.path.glob("rolling_step_*.pt"), key=lambda path: int(path.stem.rpartition("_")[2]))
-        removed = [path for path in by_step[:-keep] if path != spare]
-        for path in removed:
-            path.with_suffix(".json").unlink(missing_ok=True)
-            path.unlink()
-        strays = [stray for stray in self.path.glob(".*.tmp") if not _writer_lives(stray)]
+    def prune(self, keep: int, spare: str | None = None) -> list[str]:
+        """Removes rolling checkpoints but the newest `keep` and `spare`, and what killed processes left; returns the
+        names of the files that went."""
+        steps = {name: int(match[1]) for name in file_sizes(self.location) if (match := ROLLING.match(name))}
+        by_step = sorted(steps, key=lambda name: steps[name])
+        removed = [name for name in by_step[:-keep] if name != f"{spare}.pt"]
+        for name in removed:
+            remove(_sidecar_of(join(self.location, name)))
+            remove(join(self.location, name))
+        return removed + self._remove_strays()
+
+    def _remove_strays(self) -> list[str]:
+        if is_remote(self.location):
+            return []
+        strays = [path for path in local_path(self.location).glob(".*.tmp") if not _writer_lives(path)]
         for stray in strays:
             stray.unlink(missing_ok=True)
-        fsync_folder(self.path)
-        return removed + strays
+        return [stray.name for stray in strays]
 
     def _point(self, name: str, checkpoint: Checkpoint) -> None:
-        """Makes `name` the same file as the checkpoint: a hard link, put in place by rename."""
-        target = self.file(name)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        temporary.unlink(missing_ok=True)
-        os.link(checkpoint.path, temporary)
-        temporary.replace(target)
-        _write_sidecar(Checkpoint(target, checkpoint.sidecar))
+        """Makes `name` the same file as the checkpoint, never to be taken for whole with another file's sidecar."""
+        location = self.file(name)
+        remove(_sidecar_of(location))
+        alias(checkpoint.location, location)
+        _write_sidecar(Checkpoint(location, checkpoint.sidecar))
+
+
+def _sidecar_of(location: str) -> str:
+    return location.removesuffix(".pt") + ".json"
 
 
 def _write_sidecar(checkpoint: Checkpoint) -> None:
-    write_text(checkpoint.path.with_suffix(".json"), checkpoint.sidecar.model_dump_json(indent=2) + "\n")
+    write_text(_sidecar_of(checkpoint.location), checkpoint.sidecar.model_dump_json(indent=2) + "\n")
 
 
 def _writer_lives(temporary: Path) -> bool:
@@ -173,20 +197,23 @@ def _writer_lives(temporary: Path) -> bool:
 
 
 class _HashingWriter:
-    """Passes writes on to a file and hashes them on the way."""
+    """Passes writes on to a file, hashes and counts them on the way."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._hash = hashlib.sha256()
+        self.num_bytes = 0
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self._hash.update(data)
         try:
-            return self._file.write(data)
+            written = self._file.write(data)
         except OSError as error:
             self.error = error
             raise
+        self.num_bytes += written
+        return written
 
     def flush(self) -> None:
         self._file.flush()

@@ -123,25 +123,43 @@ def export(argv: list[str]) -> None:
     print(f"{folder} holds {checkpoint.name} as transformers' AutoModelForCausalLM and AutoTokenizer load it")
 
 
-def checkpoints(argv: list[str]) -> None:
+def checkpoints(argv: list[str]) -> int:
+    from gpt2core import listing
+    from gpt2core.checkpoint import damage
     from gpt2core.checkpoint_folder import CheckpointFolder
-    from gpt2core.listing import print_checkpoints
     from gpt2core.run_folder import RunFolder
+    from gpt2core.storage import join
 
-    parser = Parser(prog="gpt2 checkpoints", description="List a run's checkpoints, or remove old rolling ones.")
-    parser.add_argument("action", nargs="?", choices=["list", "prune"], default="list", help="what to do")
+    parser = Parser(prog="gpt2 checkpoints", description="Look at a run's checkpoints, or remove old rolling ones.")
+    actions = ["list", "show", "verify", "du", "prune"]
+    parser.add_argument("action", nargs="?", choices=actions, default="list", help="what to do")
+    parser.add_argument("name", nargs="?", help="checkpoint to show or verify; verify takes all without one")
     _add_run(parser)
+    parser.add_argument("--folder", metavar="PATH|URL", help="folder of checkpoints, instead of a run's")
     parser.add_argument(
         "--keep", type=int, default=RunConfig().train.keep_checkpoints, help="rolling ones that prune leaves"
     )
     arguments = parser.parse_args(argv)
-    folder = RunFolder(arguments.artifacts_dir, arguments.run_name).checkpoints
-    if arguments.action == "prune":
-        if arguments.keep < 1:
-            raise ValueError(f"--keep {arguments.keep}: at least 1 stays")
-        for path in CheckpointFolder(folder).prune(arguments.keep):
-            print(f"removed {path}")
-    print_checkpoints(folder)
+    folder = CheckpointFolder(
+        arguments.folder or RunFolder(arguments.artifacts_dir, arguments.run_name).checkpoints,
+    )
+    if arguments.action == "show":
+        listing.print_checkpoint(folder, arguments.name or "latest")
+    elif arguments.action == "du":
+        listing.print_disk_use(folder)
+    elif arguments.action == "verify":
+        names = [arguments.name] if arguments.name else folder.names()
+        listing.require_checkpoints(folder)
+        bad = [name for name in names if listing.print_verdict(name, damage(folder, name))]
+        return 1 if bad else 0
+    else:
+        if arguments.action == "prune":
+            if arguments.keep < 1:
+                raise ValueError(f"--keep {arguments.keep}: at least 1 stays")
+            for name in folder.prune(arguments.keep):
+                print(f"removed {join(folder.location, name)}")
+        listing.print_checkpoints(folder)
+    return 0
 
 
 def tensorboard(argv: list[str]) -> int:

@@ -126,6 +126,8 @@ class TrainConfig(Settings):
             "sample_freq",
             "histogram_freq",
             "checkpoint_freq",
+            "checkpoint_interval_s",
+            "checkpoint_dir",
             "keep_checkpoints",
             "use_tensorboard",
             "log_freq",
@@ -160,6 +162,16 @@ class TrainConfig(Settings):
     histogram_freq: Frequency = Field(1000, description="Steps between parameter and gradient histograms; 0 for never.")
     log_freq: Positive = Field(1, description="Steps between lines in log.txt and metrics.jsonl.")
     checkpoint_freq: Frequency = Field(250, description="Steps between checkpoints; 0 for the end of an epoch only.")
+    checkpoint_interval_s: float = Field(
+        0.0,
+        ge=0,
+        description="Most seconds of training between checkpoints, on top of checkpoint_freq; 0 for no limit.",
+    )
+    checkpoint_dir: str | None = Field(
+        None,
+        description="Folder or fsspec URL under which the run's checkpoints lie, in a folder of its name; "
+        "without one they lie in the run's own folder.",
+    )
     keep_checkpoints: Positive = Field(10, description="Rolling checkpoints kept; older ones are removed.")
     use_tensorboard: bool = Field(True, description="Write TensorBoard event files.")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(

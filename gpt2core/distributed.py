@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import time
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -49,13 +50,13 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, value: bool) -> bool:
-        """Whether it is true on any rank; all ranks get the same answer at the same place."""
+    def any(self, *values: bool) -> list[bool]:
+        """For each value whether it is true on any rank; all ranks get the same answers at the same place."""
         if self.world_size == 1:
-            return value
-        flag = torch.tensor([int(value)])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+            return list(values)
+        flags = torch.tensor(values, dtype=torch.int32)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in flags.tolist()]
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of the ranks; it may hold what a checkpoint may hold."""
@@ -70,6 +71,11 @@ class Ranks:
     def leave(self) -> None:
         if self.world_size > 1:
             dist.destroy_process_group()
+
+
+def is_main_rank() -> bool:
+    """Whether this process is rank 0, or alone; to be asked before the ranks join."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
@@ -102,15 +108,22 @@ def use_compile(train: TrainConfig, device: torch.device) -> bool:
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a wish that the loop reads between two steps; a second signal ends at once."""
+    """Turns SIGINT and SIGTERM into a wish that the loop reads between two steps; a second one ends at once.
+
+    A SIGTERM soon after the first is no second one: torchrun and systemd hand the same one on to ranks that have it.
+    """
+
+    SAME_SIGTERM_S = 5.0
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.signalled_at = 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # torchrun hands the same SIGTERM on to ranks that may have got it already; only an impatient person means it
-        if self.signal is not None and number == signal.SIGINT:
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self.signalled_at = signal.Signals(number), now
+        elif number == signal.SIGINT or now - self.signalled_at > self.SAME_SIGTERM_S:
             os._exit(128 + number)
-        self.signal = signal.Signals(number)

@@ -112,15 +112,15 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
         _fail(first_error(error))
     except BrokenPipeError:
         sys.exit(141)  # the reader of our output went away, as `| head` does: 128 + SIGPIPE
-    except (ConnectionError, ChildProcessError) as error:
-        _fail(str(error), exit_code=TRY_AGAIN)
+    except (ConnectionError, ChildProcessError, BlockingIOError) as error:
+        _fail(str(error), exit_code=TRY_AGAIN, what="error, which may pass")
     except (ValueError, OSError) as error:
         _fail(str(error))
     except FloatingPointError as error:
         _fail(str(error), exit_code=NON_FINITE)
 
 
-def _fail(sentence: str, exit_code: int = 1) -> NoReturn:
+def _fail(sentence: str, exit_code: int = 1, what: str = "error") -> NoReturn:
     program = Path(sys.argv[0]).name
-    print(f"{program}: error: {sentence}", file=sys.stderr, flush=True)
+    print(f"{program}: {what}: {sentence}", file=sys.stderr, flush=True)
     sys.exit(exit_code)

@@ -15,6 +15,7 @@ from gpt2core.checkpoint_folder import LATEST, CheckpointFolder
 from gpt2core.flags import read_config
 from gpt2core.records import current_best
 from gpt2core.run_folder import RunFolder
+from gpt2core.storage import size as file_size
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
@@ -49,11 +50,15 @@ def age(moment: str) -> str:
     return duration(max(0.0, (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()))
 
 
-def print_checkpoints(path: Path) -> None:
+def require_checkpoints(folder: CheckpointFolder) -> None:
+    """Raises ValueError, naming the folder, when no checkpoint file lies in it."""
+    if not folder.names():
+        raise ValueError(f"{folder.location} holds no checkpoints; name the run with --run_name, or give --folder")
+
+
+def print_checkpoints(folder: CheckpointFolder) -> None:
     """All committed checkpoints of a folder, newest first, with what they take on disk together."""
-    if not path.is_dir():
-        raise ValueError(f"{path}: there is no such folder; name the run with --run_name")
-    folder = CheckpointFolder(path)
+    require_checkpoints(folder)
     rows = [
         (
             c.name,
@@ -68,11 +73,42 @@ def print_checkpoints(path: Path) -> None:
         for c in folder.all()
         for s in [c.sidecar]
     ]
-    if not rows:
-        print(f"no checkpoints in {path}")
-        return
     columns = ("checkpoint", "step", "epochs", "train loss", "val loss", "size", "age", "sha256")
-    show(table(f"{path}: {size(folder.disk_bytes())} on disk (names of one sha256 share one file)", columns, rows))
+    title = f"{folder.location}: {size(folder.disk_bytes())} on disk (names of one sha256 share one file)"
+    show(table(title, columns, rows))
+    for name in sorted(set(folder.names()) - {str(row[0]) for row in rows}):
+        print(f"{name}.pt is no checkpoint: its sidecar is missing or does not fit")
+
+
+def print_checkpoint(folder: CheckpointFolder, name: str) -> None:
+    """All that the sidecar says. Raises ValueError when there is no such checkpoint."""
+    require_checkpoints(folder)
+    checkpoint = folder.find(name)
+    if checkpoint is None:
+        raise ValueError(f"{folder.location} has no whole checkpoint {name}; there are: {', '.join(folder.names())}")
+    said = checkpoint.sidecar
+    values = said.model_dump() | {"bytes": f"{said.bytes:,} ({size(said.bytes)})", "age": age(said.saved_at)}
+    if said.train_seconds is not None:
+        values["train_seconds"] = f"{said.train_seconds:,.0f} ({duration(said.train_seconds)})"
+    show(table(checkpoint.location, ("", ""), values.items()))
+
+
+def print_verdict(name: str, damage: str | None) -> bool:
+    """One line; true when there is damage."""
+    print(f"{name}: {f'DAMAGED, {damage}' if damage else 'whole'}", flush=True)
+    return damage is not None
+
+
+def print_disk_use(folder: CheckpointFolder) -> None:
+    """What each tier would take alone, and what all take together, with shared files counted once."""
+    require_checkpoints(folder)
+    tiers: dict[str, list[int]] = {}
+    for name in folder.names():
+        tier = name.rstrip("0123456789").removesuffix("_step_").rstrip("_")
+        tiers.setdefault(tier, []).append(file_size(folder.file(name)))
+    rows = [(tier, len(sizes), size(sum(sizes))) for tier, sizes in tiers.items()]
+    together = size(folder.disk_bytes())
+    show(table(f"{folder.location}: {together} on disk", ("tier", "files", "size"), rows))
 
 
 def print_status(artifacts: Path) -> None:

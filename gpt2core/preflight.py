@@ -9,6 +9,7 @@ from gpt2core.config import LaunchConfig, RunConfig
 from gpt2core.launch import num_processes
 from gpt2core.run_folder import RunFolder
 from gpt2core.shards import SPLITS, cache_of, check_cache_room, open_shards
+from gpt2core.storage import is_remote, local_path
 
 
 def claim_run(config: RunConfig, launched: LaunchConfig) -> None:
@@ -40,10 +41,13 @@ def preflight(config: RunConfig, world_size: int) -> list[str]:
 def _disk_space(config: RunConfig) -> str:
     """Room for every tier: the rolling checkpoints (latest and its backup are among them), one an epoch, the best, and
     the one being written."""
-    folder = RunFolder.of(config).checkpoints
+    location = RunFolder.of(config).checkpoints
+    if is_remote(location):
+        return f"checkpoints: {location}"
+    folder = local_path(location)
     folder.mkdir(parents=True, exist_ok=True)
     files = config.train.keep_checkpoints + config.train.num_epochs + 2
-    needed = max(0, files * config.checkpoint_bytes() - CheckpointFolder(folder).disk_bytes())
+    needed = max(0, files * config.checkpoint_bytes() - CheckpointFolder(location).disk_bytes())
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(

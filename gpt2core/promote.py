@@ -120,7 +120,7 @@ def _publish(artifacts: Path, checkpoint: Checkpoint, evaluation: Evaluation, de
     number = 1 + max((int(path.name[:4]) for path in versions.glob("[0-9][0-9][0-9][0-9]_*")), default=0)
     name = f"{number:04d}_{decision.candidate.run_name}_step_{decision.candidate.step:06d}"
     building = versions / f".{name}.{os.getpid()}"
-    state = load(checkpoint.path, checkpoint.sidecar)
+    state = load(checkpoint.location, checkpoint.sidecar)
     export_huggingface(state["model"], ModelConfig.model_validate(state["config"]["model"]), building)
     write_json(building / "training_config.json", state["config"])
     write_text(building / "evaluation.json", evaluation.model_dump_json(indent=2) + "\n")

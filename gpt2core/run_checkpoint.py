@@ -45,7 +45,7 @@ def load_named(name: str, folder: RunFolder) -> NamedCheckpoint:
     """
     checkpoints = CheckpointFolder(folder.checkpoints)
     if found := checkpoints.find(BEST if name == "best" else name):
-        return NamedCheckpoint(found.name, load(found.path, found.sidecar), found.sidecar.sha256)
+        return NamedCheckpoint(found.name, load(found.location, found.sidecar), found.sidecar.sha256)
     if "://" in name or Path(name).is_file():
         return NamedCheckpoint(name, load(name), None)
     if (Path(name) / "model.safetensors").is_file():

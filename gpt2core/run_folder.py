@@ -7,7 +7,7 @@ from typing import Any
 
 from gpt2core.config import RunConfig, differences
 from gpt2core.flags import read_config
-from gpt2core.storage import read_json_lines, write_text
+from gpt2core.storage import file_sizes, join, read_json_lines, write_text
 
 
 class RunFolder:
@@ -16,7 +16,6 @@ class RunFolder:
     def __init__(self, artifacts_dir: str | Path, run_name: str) -> None:
         self.path = Path(artifacts_dir) / run_name
         self.config_file = self.path / "config.json"
-        self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.log_file = self.path / "logs" / "log.txt"
         self.metrics_file = self.path / "metrics.jsonl"
@@ -24,16 +23,33 @@ class RunFolder:
         self.promotion_file = self.path / "promotion.json"  # the last decision on this run
         self.reports = self.path / "reports"
 
+        self._config: RunConfig | None = None
+
     @classmethod
     def of(cls, config: RunConfig) -> RunFolder:
-        return cls(config.artifacts_dir, config.run_name)
+        folder = cls(config.artifacts_dir, config.run_name)
+        folder._config = config
+        return folder
+
+    @property
+    def checkpoints(self) -> str:
+        """Path or URL of the checkpoint folder, as the configuration that the run was started with has it."""
+        config = self._config
+        if config is None and self.config_file.exists():
+            config = read_config(self.config_file)
+        elsewhere = config.train.checkpoint_dir if config else None
+        return join(elsewhere, self.path.name) if elsewhere else str(self.path / "checkpoints")
 
     def claim(self, config: RunConfig, force: bool = False) -> None:
         """Writes config.json, after a check that it does not contradict the run that lies here.
 
         Raises ValueError, naming each difference, when a setting that shapes the run has changed and not `force`.
         """
-        if self.config_file.exists() and any(self.checkpoints.glob("*.pt")) and not force:
+        if (
+            self.config_file.exists()
+            and any(name.endswith(".pt") for name in file_sizes(self.checkpoints))
+            and not force
+        ):
             changed = differences(read_config(self.config_file), config)
             if changed:
                 raise ValueError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -42,14 +44,26 @@ def exists(location: Location) -> bool:
 def file_sizes(folder: Location) -> dict[str, int]:
     """Name and bytes of each file right in the folder; none where there is no such folder."""
     if not is_remote(folder):
-        path = local_path(folder)
-        return {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()} if path.is_dir() else {}
+        sizes = {}
+        for file in local_path(folder).iterdir() if local_path(folder).is_dir() else ():
+            with contextlib.suppress(FileNotFoundError):  # another process may remove it just now
+                if file.is_file():
+                    sizes[file.name] = file.stat().st_size
+        return sizes
     filesystem, path_there = _remote(folder)
     try:
         found = filesystem.ls(path_there, detail=True)
     except FileNotFoundError:
         return {}
     return {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] for entry in found if entry["type"] == "file"}
+
+
+def size(location: Location) -> int:
+    """Bytes of a file. Raises FileNotFoundError where there is none."""
+    if not is_remote(location):
+        return local_path(location).stat().st_size
+    filesystem, path = _remote(location)
+    return int(filesystem.size(path))
 
 
 def read_bytes(location: Location, start: int | None = None, end: int | None = None) -> bytes:
@@ -115,6 +129,30 @@ def write_text(location: Location, text: str) -> None:
 
 def write_json(location: Location, value: Any) -> None:
     write_text(location, json.dumps(value, indent=2) + "\n")
+
+
+def alias(existing: Location, name: Location) -> None:
+    """Gives a file a second name, in place of what has it; the bytes are not sent again.
+
+    A hard link where the file system has them, a copy on the server on remote storage, else a local copy.
+    """
+    if is_remote(existing):
+        filesystem, path = _remote(existing)
+        filesystem.cp_file(path, _remote(name)[1])
+        return
+    here, target = local_path(existing), local_path(name)
+    temporary = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(here, temporary)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV):
+            raise
+        with here.open("rb") as source, publish(target) as copy:
+            shutil.copyfileobj(source, copy, 16 << 20)
+        return
+    temporary.replace(target)
+    fsync_folder(target.parent)
 
 
 def remove(location: Location) -> None:

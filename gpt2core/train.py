@@ -6,21 +6,23 @@ torchrun --standalone --nproc_per_node=4 -m gpt2core.train --run_name NAME --res
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpt2core.checkpoint import load, load_newest
+from gpt2core import lock
+from gpt2core.checkpoint import Saver, load, load_newest
 from gpt2core.checkpoint_folder import CheckpointFolder
 from gpt2core.config import RunConfig
-from gpt2core.distributed import Ranks, StopRequest
+from gpt2core.distributed import Ranks, StopRequest, is_main_rank
 from gpt2core.flags import Parser, add_recipe, add_settings, main_guard, run_config
 from gpt2core.launch import die_with_parent, tell
 from gpt2core.metrics import MetricsLog
 from gpt2core.preflight import preflight
 from gpt2core.run_folder import RunFolder
+from gpt2core.storage import exists
 from gpt2core.trainer import Trainer
 
 
@@ -49,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.list_checkpoints:
         from gpt2core.listing import print_checkpoints
 
-        print_checkpoints(RunFolder.of(config).checkpoints)
+        print_checkpoints(CheckpointFolder(RunFolder.of(config).checkpoints))
         return
     train(
         config,
@@ -74,21 +76,41 @@ def train(
     refuse_silent_overwrite(config, resume)
     if stop_epoch is not None and stop_epoch < 1:
         raise ValueError(f"--stop_epoch {stop_epoch}: epochs are counted from 1")
-    ranks = Ranks.join(config.train.device)
     folder = RunFolder.of(config)
+    # for the life of the process, and no longer: a second run that would write here is refused, with who holds it
+    locked = lock.hold(folder.path / lock.LOCK_FILE) if is_main_rank() else contextlib.nullcontext()
+    with locked:
+        _train(config, resume, force, accept_changed_data, stop_epoch, stop)
+
+
+def _train(
+    config: RunConfig,
+    resume: str | None,
+    force: bool,
+    accept_changed_data: bool,
+    stop_epoch: int | None,
+    stop: StopRequest,
+) -> None:
+    folder = RunFolder.of(config)
+    ranks = Ranks.join(config.train.device)
     findings = preflight(config, ranks.world_size)
     torch.set_float32_matmul_precision("high")  # TF32 for what is fp32 on the GPU
     checkpoints = CheckpointFolder(folder.checkpoints)
     trainer = Trainer(config, ranks)
     origin = restore(trainer, checkpoints, resume, accept_changed_data)
-    log = None
+    log = saver = None
     if ranks.is_main:
         folder.claim(config, force)
         log = MetricsLog(folder, resume_at=trainer.step, use_tensorboard=config.train.use_tensorboard)
+        saver = Saver(checkpoints, config.train.keep_checkpoints, log.say)
         for line in [*findings, f"device: {describe(ranks)}", origin]:
             log.say(line)
     stop_step = trainer.steps_per_epoch * min(stop_epoch or config.train.num_epochs, config.train.num_epochs)
-    trainer.fit(stop_step, stop, log, checkpoints)
+    try:
+        trainer.fit(stop_step, stop, log, saver)
+    finally:
+        if saver:
+            saver.finish()
     if log:
         if trainer.step == trainer.max_steps:
             results = {"loss": trainer.train_loss, "val_loss": trainer.val_loss, "best_val_loss": trainer.best_val_loss}
@@ -102,7 +124,7 @@ def train(
 def refuse_silent_overwrite(config: RunConfig, resume: str | None) -> None:
     """Raises ValueError when the run folder holds checkpoints and it was not said what to do with them."""
     folder = RunFolder.of(config)
-    if resume is None and CheckpointFolder(folder.checkpoints).has_any():
+    if resume is None and CheckpointFolder(folder.checkpoints).names():
         raise ValueError(
             f"{folder.path} already holds checkpoints: go on from them with --resume latest, "
             f"or start another run with --run_name"
@@ -116,15 +138,15 @@ def restore(
     state: dict[str, Any] | None = None
     where: object = resume
     if resume == "latest":
-        state, where = load_newest(checkpoints, warn), checkpoints.path
+        state, where = load_newest(checkpoints, warn), checkpoints.location
         if state is None:
-            return f"no checkpoint in {checkpoints.path} yet: starting afresh"
+            return f"no checkpoint in {checkpoints.location} yet: starting afresh"
     elif resume is not None:
         named = checkpoints.find(resume)
-        path = named.path if named else Path(resume)
-        if not path.is_file():
+        path = named.location if named else resume
+        if not exists(path):
             raise ValueError(
-                f"--resume {resume}: there is no such file, nor a checkpoint of that name in {checkpoints.path}"
+                f"--resume {resume}: there is no such file, nor a checkpoint of that name in {checkpoints.location}"
             )
         state, where = load(path, named.sidecar if named else None), path
     if state is None:

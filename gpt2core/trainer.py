@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2core.checkpoint import check_same_model, save
-from gpt2core.checkpoint_folder import BEST, FORMAT, CheckpointFolder, epoch_name
+from gpt2core.checkpoint import Saver, check_same_model
+from gpt2core.checkpoint_folder import BEST, FORMAT, epoch_name
 from gpt2core.config import EvalConfig, RunConfig
 from gpt2core.distributed import Ranks, StopRequest, pick_dtype, use_compile
 from gpt2core.evaluation import validation_loss
@@ -79,6 +79,7 @@ class Trainer:
             self.model = DistributedDataParallel(compiled, device_ids=on, gradient_as_bucket_view=True)
         self.hellaswag = _hellaswag_examples(config.evaluation) if train.hellaswag_freq else None
         self.step = 0
+        self.saved_at = time.perf_counter()  # of this rank's clock
         self.train_seconds = 0.0
         self.train_loss: float | None = None
         self.val_loss: float | None = None
@@ -88,21 +89,22 @@ class Trainer:
 
     # --- the story ---
 
-    def fit(self, stop_step: int, stop: StopRequest, log: MetricsLog | None, checkpoints: CheckpointFolder) -> None:
+    def fit(self, stop_step: int, stop: StopRequest, log: MetricsLog | None, saver: Saver | None) -> None:
         """Trains until `stop_step` steps are done or a signal asks to stop; both end with a checkpoint.
 
-        Only rank 0 has a log. Raises FloatingPointError when update after update is not finite.
+        Only rank 0 has a log and a saver. Raises FloatingPointError when update after update is not finite.
         """
         train = self.config.train
         if self.step == 0:
             self.validate(log)
-        saved_at, since, logged_at = self.step, time.perf_counter(), self.step
+        since = self.saved_at = time.perf_counter()
+        logged_at = self.step
         stopped = False
         while self.step < stop_step and not stopped:
             result = self.train_step()
             self.step += 1
             at_end_of_epoch = self.step % self.steps_per_epoch == 0
-            stopped = self.ranks.any(stop.signal is not None)
+            stopped, is_save_due = self.ranks.any(stop.signal is not None, self.is_save_due())
             last = stopped or self.step == stop_step
             if self.is_due(train.log_freq) or at_end_of_epoch or last:
                 self.log_step(result, log, time.perf_counter() - since, self.step - logged_at)
@@ -115,13 +117,19 @@ class Trainer:
                 log.sample(self.step, generate(self.raw_model)[0])
             if log and self.is_due(train.histogram_freq):
                 log.histograms(self.step, self.raw_model)
-            is_save_due = self.is_due(train.checkpoint_freq) or at_end_of_epoch or best
+            is_save_due = is_save_due or at_end_of_epoch or best
             if last or (is_save_due and not self.skipped):  # weights with gradients that are not finite are not kept
-                saved = self.save(checkpoints, log, at_end_of_epoch=at_end_of_epoch, best=best, must_succeed=last)
-                saved_at = self.step if saved else saved_at
+                self.save(saver, at_end_of_epoch=at_end_of_epoch, best=best)
             since += time.perf_counter() - aside  # what is done beside training is not the training step's time
+        self.finish_saving(saver)
         if log and stop.signal and stopped:
-            log.say(f"{stop.signal.name}: saved at step {saved_at}; go on with --resume latest")
+            log.say(f"{stop.signal.name}: saved at step {self.step}; go on with --resume latest")
+
+    def is_save_due(self) -> bool:
+        """By steps, or by the clock of this rank."""
+        interval_s = self.config.train.checkpoint_interval_s
+        overdue = interval_s > 0 and time.perf_counter() - self.saved_at >= interval_s
+        return overdue or self.is_due(self.config.train.checkpoint_freq)
 
     def is_due(self, frequency: int) -> bool:
         return frequency > 0 and self.step % frequency == 0
@@ -209,42 +217,22 @@ class Trainer:
 
     # --- state ---
 
-    def save(
-        self,
-        checkpoints: CheckpointFolder,
-        log: MetricsLog | None,
-        *,
-        at_end_of_epoch: bool = False,
-        best: bool = False,
-        must_succeed: bool = False,
-    ) -> bool:
-        """Writes a checkpoint from rank 0; True when it is on disk. A write that fails is a warning, or an error when
-        it must succeed."""
+    def save(self, saver: Saver | None, *, at_end_of_epoch: bool = False, best: bool = False) -> None:
+        """Hands the state of all ranks to rank 0's saver, which writes it while training goes on."""
         rng_states = self.ranks.gather(rng_state(self.ranks.device))
-        error: OSError | None = None
-        if self.ranks.is_main:
+        if saver:
             names = [epoch_name(self.step // self.steps_per_epoch)] if at_end_of_epoch else []
-            names += [BEST] if best else []
-            started = time.perf_counter()
-            try:
-                state = self.state_dict() | {"rng": rng_states}
-                saved = save(checkpoints, state, names=names, keep=self.config.train.keep_checkpoints)
-            except OSError as failure:
-                error = failure
-            if log:
-                log.say(
-                    f"step={self.step} WARNING: checkpoint not written ({error}); going on, the older ones are intact"
-                    if error
-                    else f"step={self.step} saved {saved.path.name} as latest.pt{''.join(f', {n}.pt' for n in names)} "
-                    f"({saved.sidecar.bytes / 1e6:.0f} MB in {time.perf_counter() - started:.1f} s)"
-                )
-        if self.ranks.any(error is not None):
-            if must_succeed:
-                raise ValueError(
-                    f"{checkpoints.path}: the checkpoint of step {self.step} could not be written ({error})"
-                )
-            return False
-        return True
+            saver.begin(self.state_dict() | {"rng": rng_states}, names + [BEST] * best)
+        self.saved_at = time.perf_counter()
+
+    def finish_saving(self, saver: Saver | None) -> None:
+        """Waits for the last checkpoint. Raises ValueError on all ranks when it could not be written."""
+        if saver:
+            saver.finish()
+        failed = saver is not None and saver.error is not None
+        if self.ranks.any(failed)[0]:
+            where, why = (saver.folder.location, saver.error) if saver else ("rank 0", "see there")
+            raise ValueError(f"{where}: the checkpoint of step {self.step} could not be written ({why})")
 
     def state_dict(self) -> dict[str, Any]:
         """All that the run depends on but the random number generators, which each rank has of its own."""

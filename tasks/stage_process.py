@@ -10,7 +10,6 @@ from typing import Any
 from prefect.logging import get_run_logger
 
 from gpt2core import launch
-from gpt2core.flags import TRY_AGAIN
 
 SECONDS_BETWEEN_STEP_LINES = 5.0  # of the lines that every step writes; all others are handed on at once
 TIMESTAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # the log has its own
@@ -18,7 +17,7 @@ STEP_LINE = re.compile(r" step=\d+ loss=")
 TAIL_LINES = 12
 
 
-REFUSAL = re.compile(r"^\S+: error: (.*)")  # as gpt2core.flags.main_guard prints it
+REFUSAL = re.compile(r"^\S+: error: (.*)")  # as gpt2core.flags.main_guard prints what trying again would not help
 
 
 class StageError(RuntimeError):
@@ -60,8 +59,6 @@ def run_stage(module: str, arguments: list[str], nproc: int = 1, look: Callable[
             look()
 
     exit_code = launch.run(launch.python_command(module, arguments, nproc), on_line, nproc)
-    if exit_code == TRY_AGAIN and refusal:
-        raise StageError(refusal)
     if exit_code and refusal:
         raise StageRefusedError(refusal)
     if exit_code:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gpt2core.checkpoint import check_same_model, load, load_newest, save
-from gpt2core.checkpoint_folder import FORMAT, CheckpointFolder
+from gpt2core.checkpoint_folder import FORMAT, CheckpointFolder, Summary
 
 
 def state(step: int, **more: Any) -> dict[str, Any]:
@@ -36,16 +36,16 @@ def folder(tmp_path: Path) -> CheckpointFolder:
 
 
 def test_one_file_has_all_its_names(folder: CheckpointFolder) -> None:
-    inode = {path.stem: path.stat().st_ino for path in folder.path.glob("*.pt")}
+    inode = {path.stem: path.stat().st_ino for path in Path(folder.location).glob("*.pt")}
     assert inode["latest"] == inode["rolling_step_000003"]
     assert inode["latest_backup"] == inode["rolling_step_000002"] == inode["epoch_00001"]
     assert len(set(inode.values())) == 3
-    size = folder.file("latest").stat().st_size
+    size = Path(folder.file("latest")).stat().st_size
     assert size * 2.9 < folder.disk_bytes() < size * 3.1  # six names, three files
 
 
 def test_each_name_loads_what_it_stands_for(folder: CheckpointFolder) -> None:
-    steps = {found.name: load(found.path, found.sidecar)["step"] for found in folder.all()}
+    steps = {found.name: load(found.location, found.sidecar)["step"] for found in folder.all()}
     assert steps == {
         "latest": 3,
         "rolling_step_000003": 3,
@@ -66,7 +66,7 @@ def test_saving_a_step_again_keeps_the_backup_of_the_step_before(folder: Checkpo
 
 def test_rolling_checkpoints_are_pruned_to_keep_and_the_other_tiers_stay(folder: CheckpointFolder) -> None:
     save(folder, state(4), names=[], keep=1)
-    assert {path.name for path in folder.path.iterdir()} == {
+    assert {path.name for path in Path(folder.location).iterdir()} == {
         f"{name}.{ending}"
         for name in ("latest", "latest_backup", "epoch_00001", "rolling_step_000004")
         for ending in ("pt", "json")
@@ -77,13 +77,16 @@ def test_rolling_checkpoints_are_pruned_to_keep_and_the_other_tiers_stay(folder:
 def test_prune_goes_by_step_and_not_by_spelling(folder: CheckpointFolder) -> None:
     for step in (999_998, 999_999, 1_000_000):
         save(folder, state(step), names=[], keep=2)
-    assert {path.stem for path in folder.path.glob("rolling_*.pt")} == {"rolling_step_999999", "rolling_step_1000000"}
+    assert {path.stem for path in Path(folder.location).glob("rolling_*.pt")} == {
+        "rolling_step_999999",
+        "rolling_step_1000000",
+    }
 
 
 def test_a_checkpoint_just_written_is_not_pruned_when_training_went_back(folder: CheckpointFolder) -> None:
     """--resume rolling_step_000001 with later ones still there: the new line of checkpoints must survive."""
     saved = save(folder, state(2, train_loss=9.0), names=[], keep=1)
-    assert saved.path.exists()
+    assert Path(saved.location).exists()
 
 
 def flip_a_byte(path: Path) -> None:
@@ -107,7 +110,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_latest_is_skipped_aloud_for_the_newest_whole_one(folder: CheckpointFolder, damage: str) -> None:
     harm, expected_step = DAMAGES[damage]
-    harm(folder.file("latest"))
+    harm(Path(folder.file("latest")))
     warnings: list[str] = []
     found = load_newest(folder, warnings.append)
     assert found and found["step"] == expected_step
@@ -123,14 +126,14 @@ def test_a_whole_latest_is_taken_without_a_word(folder: CheckpointFolder) -> Non
 
 
 def test_all_damaged_is_an_error_and_not_a_fresh_start(folder: CheckpointFolder) -> None:
-    for path in folder.path.glob("*.pt"):
+    for path in Path(folder.location).glob("*.pt"):
         os.truncate(path, 10)
     with pytest.raises(ValueError, match="none of them is whole"):
         load_newest(folder, lambda _: None)
 
 
 def test_flipped_bytes_in_all_are_an_error_too(folder: CheckpointFolder) -> None:
-    for path in {path.stat().st_ino: path for path in folder.path.glob("*.pt")}.values():
+    for path in {path.stat().st_ino: path for path in Path(folder.location).glob("*.pt")}.values():
         flip_a_byte(path)
     with pytest.raises(ValueError, match="none of them is whole"):
         load_newest(folder, lambda _: None)
@@ -141,15 +144,16 @@ def test_no_checkpoint_at_all_is_none(tmp_path: Path) -> None:
 
 
 def test_a_write_that_fails_leaves_everything_as_it_was(folder: CheckpointFolder) -> None:
-    before = contents(folder.path)
+    before = contents(Path(folder.location))
 
     def write(file: Any) -> None:
         file.write(b"some of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        folder.commit(write, step=4, epoch=0, train_loss=None, val_loss=None, names=["best_model"], keep=1)
-    assert contents(folder.path) == before
+        summary = Summary(step=4, epoch=0, train_loss=None, val_loss=None)
+        folder.commit(write, summary, names=["best_model"], keep=1)
+    assert contents(Path(folder.location)) == before
 
 
 def test_a_disk_that_refuses_large_files_fails_as_oserror_and_leaves_everything(tmp_path: Path) -> None:
@@ -162,13 +166,13 @@ from gpt2core.checkpoint_folder import CheckpointFolder
 folder = CheckpointFolder(Path(sys.argv[1]))
 state = lambda step, size: dict(format=1, step=step, epoch=0, train_loss=None, val_loss=None, model=dict(w=torch.ones(size)))
 save(folder, state(1, 10), names=[], keep=2)
-before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+before = {path.name: path.read_bytes() for path in Path(folder.location).iterdir()}
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     save(folder, state(2, 10_000_000), names=[], keep=2)
 except OSError as error:
     print("OSError", error)
-assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
+assert {path.name: path.read_bytes() for path in Path(folder.location).iterdir()} == before
 """
     done = subprocess.run(
         [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, timeout=120, check=False
@@ -213,8 +217,8 @@ def test_files_that_are_no_checkpoint_of_ours_are_refused(tmp_path: Path) -> Non
 def test_what_a_killed_writer_left_goes_and_what_a_live_one_writes_stays(folder: CheckpointFolder) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    stale = folder.path / f".rolling_step_000009.pt.{ended.pid}.tmp"
-    live = folder.path / f".rolling_step_000009.pt.{os.getppid()}.tmp"
+    stale = Path(folder.location) / f".rolling_step_000009.pt.{ended.pid}.tmp"
+    live = Path(folder.location) / f".rolling_step_000009.pt.{os.getppid()}.tmp"
     stale.write_bytes(b"half")
     live.write_bytes(b"half")
     save(folder, state(4), names=[], keep=10)

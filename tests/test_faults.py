@@ -28,7 +28,7 @@ def last_logged_step(lab: Any, run: Path) -> int:
 def saved_step(run: Path) -> int:
     found = CheckpointFolder(run / "checkpoints").find("latest")
     assert found, "there is no whole latest.pt"
-    return load(found.path, found.sidecar)["step"]
+    return load(found.location, found.sidecar)["step"]
 
 
 # --- one process -----------------------------------------------------------------------------------------------------

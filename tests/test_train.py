@@ -115,11 +115,11 @@ def test_rolling_checkpoints_are_the_last_three_saved(straight: Path) -> None:
 
 def test_names_are_hard_links_to_few_files(straight: Path) -> None:
     folder = CheckpointFolder(straight / "checkpoints")
-    inode = {path.stem: path.stat().st_ino for path in folder.path.glob("*.pt")}
+    inode = {path.stem: path.stat().st_ino for path in Path(folder.location).glob("*.pt")}
     assert inode["latest"] == inode["rolling_step_000024"] == inode["epoch_00002"]
     assert inode["latest"] != inode["latest_backup"]
     assert len(set(inode.values())) < len(inode)
-    sizes = {path.stat().st_ino: path.stat().st_size for path in folder.path.glob("*.pt")}
+    sizes = {path.stat().st_ino: path.stat().st_size for path in Path(folder.location).glob("*.pt")}
     assert folder.disk_bytes() == sum(sizes.values())
 
 
@@ -131,7 +131,7 @@ def test_each_tier_holds_the_step_it_stands_for(straight: Path, lab: Any) -> Non
     for name, step in expected.items():
         found = folder.find(name)
         assert found, name
-        state = load(found.path, found.sidecar)
+        state = load(found.location, found.sidecar)
         assert (state["step"], found.sidecar.step) == (step, step), name
         assert state["val_loss"] == val_loss[step // 3 * 3], name
     best = load(folder.file("best_model"))
