@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import signal
@@ -9,7 +10,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import fsspec
@@ -155,6 +158,18 @@ def test_an_empty_folder_and_a_server_that_is_gone_are_said_in_a_sentence(
         open_shards(bucket.url, "train", cache)
     assert len(str(caught.value).splitlines()) == 1
     fsspec.filesystem("s3").clear_instance_cache()
+
+
+def test_a_listing_without_sizes_is_refused_with_a_way_out(local: Path, tmp_path: Path) -> None:
+    """As a plain web server gives one."""
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(local))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        Thread(target=web.serve_forever, daemon=True).start()
+        with pytest.raises(
+            ValueError, match=r"does not say how large edufineweb_train_000001\.npy is; copy the shards"
+        ):
+            open_shards(f"http://127.0.0.1:{web.server_port}", "train", ShardCache(tmp_path / "cache", 10**6))
+        web.shutdown()
 
 
 # --- copies ----------------------------------------------------------------------------------------------------------
