@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -459,6 +460,8 @@ class S3Server:
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         request = Request(environ["REQUEST_METHOD"], environ["PATH_INFO"], environ.get("HTTP_RANGE"))
+        if length := environ.get("CONTENT_LENGTH"):  # read first, so that a request that is held has arrived as a whole
+            environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(int(length)))
         self.faults.record(request)
         fault = self.faults.due(request, "hold", *STATUSES)
         if fault is None:
