@@ -132,6 +132,7 @@ class TrainConfig(Settings):
             "use_tensorboard",
             "log_freq",
             "compile",
+            "deterministic",
             "device",
         }
     )
@@ -179,6 +180,10 @@ class TrainConfig(Settings):
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="Arithmetic of the activations; auto is bf16 on GPUs that have it, else fp32."
+    )
+    deterministic: bool = Field(
+        False,
+        description="On a GPU: kernels that give the same bits each time, slower; the CPU's always do.",
     )
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto compiles on CUDA only.")
 

@@ -103,6 +103,21 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if (has_bf16 and precision == "auto") or precision == "bf16" else torch.float32
 
 
+def make_deterministic() -> None:
+    """Asks for kernels that add in the same order each time; to be called before the GPU is first used.
+
+    cuBLAS needs a workspace of fixed size for that (CUDA documentation, cuBLAS, "Results Reproducibility"), and inductor
+    must not choose among kernels by the stopwatch.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    import torch._inductor.config as inductor
+
+    if hasattr(inductor, "deterministic"):
+        inductor.deterministic = True
+
+
 def use_compile(train: TrainConfig, device: torch.device) -> bool:
     return train.compile == "on" or (train.compile == "auto" and device.type == "cuda")
 

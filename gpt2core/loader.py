@@ -8,6 +8,7 @@ number: the sequences consumed.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
@@ -101,6 +102,7 @@ class Loader:
         self.device = device
         self.prefetch = prefetch  # micro-steps
         self.consumed = 0  # sequences of all ranks that went into finished steps
+        self.wait_s = 0.0  # that next_batch waited for the reader so far
         self._micro_step = 0
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead: deque[Future[Tensor]] = deque()
@@ -114,7 +116,9 @@ class Loader:
         What travels to a GPU is one uint16 row a sequence, an eighth of inputs and targets in int64.
         """
         self._read_ahead(1)
+        asked = time.perf_counter()
         rows = self._ahead.popleft().result()
+        self.wait_s += time.perf_counter() - asked
         self._advance()
         self._read_ahead(self.prefetch)
         return inputs_and_targets(rows.to(self.device, non_blocking=True))

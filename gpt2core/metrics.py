@@ -25,6 +25,7 @@ TENSORBOARD_TAGS = {
     "grad_norm": "train/grad_norm",
     "tokens_per_sec": "speed/tokens_per_sec",
     "step_ms": "speed/step_ms",
+    "data_wait_ms": "speed/data_wait_ms",
     "memory_gib": "speed/memory_gib",
     "acc": "hellaswag/acc",
     "acc_norm": "hellaswag/acc_norm",

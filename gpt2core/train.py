@@ -16,7 +16,7 @@ from gpt2core import lock
 from gpt2core.checkpoint import Saver, load, load_newest
 from gpt2core.checkpoint_folder import CheckpointFolder
 from gpt2core.config import RunConfig
-from gpt2core.distributed import Ranks, StopRequest, is_main_rank
+from gpt2core.distributed import Ranks, StopRequest, is_main_rank, make_deterministic
 from gpt2core.flags import Parser, add_recipe, add_settings, main_guard, run_config
 from gpt2core.launch import die_with_parent, tell
 from gpt2core.metrics import MetricsLog
@@ -92,6 +92,8 @@ def _train(
     stop: StopRequest,
 ) -> None:
     folder = RunFolder.of(config)
+    if config.train.deterministic:
+        make_deterministic()
     ranks = Ranks.join(config.train.device)
     findings = preflight(config, ranks.world_size)
     torch.set_float32_matmul_precision("high")  # TF32 for what is fp32 on the GPU

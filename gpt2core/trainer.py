@@ -79,6 +79,7 @@ class Trainer:
             self.model = DistributedDataParallel(compiled, device_ids=on, gradient_as_bucket_view=True)
         self.hellaswag = _hellaswag_examples(config.evaluation) if train.hellaswag_freq else None
         self.step = 0
+        self.logged_wait_s = 0.0
         self.saved_at = time.perf_counter()  # of this rank's clock
         self.train_seconds = 0.0
         self.train_loss: float | None = None
@@ -180,10 +181,12 @@ class Trainer:
                 "grad_norm": result.grad_norm.item(),
                 "tokens_per_sec": steps * self.config.train.total_batch_size / seconds,
                 "step_ms": 1000 * seconds / steps,
+                "data_wait_ms": 1000 * (self.loader.wait_s - self.logged_wait_s) / steps,
             }
             if self.ranks.device.type == "cuda":
                 values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             log.numbers(self.step, **values)
+            self.logged_wait_s = self.loader.wait_s
             if skipped:
                 log.say(f"step={self.step} WARNING: gradients are not finite, {skipped} update(s) in a row left out")
         if skipped >= MAX_SKIPPED_IN_A_ROW:

@@ -228,7 +228,9 @@ def test_only_the_flags_asked_for_are_added():
 
 
 def test_a_group_of_settings_takes_its_own_flags_only():
-    assert settings_of(LaunchConfig, argparse.Namespace(nproc_per_node="4", max_lr="1")) == LaunchConfig(nproc_per_node=4)
+    assert settings_of(LaunchConfig, argparse.Namespace(nproc_per_node="4", max_lr="1")) == LaunchConfig(
+        nproc_per_node=4
+    )
     assert settings_of(LaunchConfig, argparse.Namespace()) == LaunchConfig(nproc_per_node="auto")
 
 
