@@ -42,8 +42,14 @@ class Saver:
     succeeds or a newer state takes its place.
     """
 
-    def __init__(self, folder: CheckpointFolder, keep: int, report: Callable[[str], None]) -> None:
-        self.folder, self.keep, self.report = folder, keep, report
+    def __init__(
+        self,
+        folder: CheckpointFolder,
+        keep: int,
+        report: Callable[[str], None],
+        retry_after_s: float = SECONDS_TO_RETRY,
+    ) -> None:
+        self.folder, self.keep, self.report, self.retry_after_s = folder, keep, report, retry_after_s
         self.saved_step: int | None = None
         self.error: Exception | None = None  # of the last attempt
         self._staged = StagedState()
@@ -89,11 +95,11 @@ class Saver:
                 self.error = error
                 self.report(
                     f"step={step} WARNING: checkpoint not written ({type(error).__name__}: {error}); "
-                    f"going on, the older ones are intact, and this one is tried again"
+                    f"going on, the older ones are intact, and this one is {'given up' if was_last else 'tried again'}"
                 )
             if was_last:
                 return
-            self._hurry.wait(SECONDS_TO_RETRY)
+            self._hurry.wait(self.retry_after_s)
 
 
 class StagedState:
@@ -157,10 +163,13 @@ def load(path: Path | str, sidecar: Sidecar | None = None) -> dict[str, Any]:
 
     With its sidecar the content is verified first.
 
-    Raises ValueError, naming the file, when it is damaged or not one of ours.
+    Raises ValueError, naming the file, when it is damaged or not one of ours; ConnectionError when remote storage does
+    not answer, which says nothing about the file.
     """
     try:
         content = read_bytes(path)
+    except ConnectionError:
+        raise
     except FileNotFoundError:
         raise ValueError(f"{path} cannot be read: there is no such file") from None
     except (OSError, ImportError) as error:

@@ -12,7 +12,9 @@ sidecar before it moves and gets the new one after: at any moment of a crash at 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -105,6 +107,7 @@ class CheckpointFolder:
                 write(hashing)  # type: ignore[arg-type]
             except RuntimeError:  # torch's writer covers a full disk with an error of its own
                 raise hashing.error or RuntimeError(f"{rolling} could not be written") from None
+            remove(_sidecar_of(rolling))  # of the same step, when it is trained and saved again
         sidecar = Sidecar(
             **summary.model_dump(include=set(Summary.model_fields)),
             bytes=hashing.num_bytes,
@@ -119,6 +122,12 @@ class CheckpointFolder:
             self._point(name, saved)
         self.prune(keep, spare=saved.name)
         return saved
+
+    def check_writable(self) -> None:
+        """Raises OSError or, of remote storage, ValueError when nothing can be written here."""
+        probe = join(self.location, f".writable.{socket.gethostname()}.{os.getpid()}.tmp")
+        write_text(probe, "")
+        remove(probe)
 
     def find(self, name: str) -> Checkpoint | None:
         """The checkpoint of this name if it is committed: its sidecar is there and the file has its size."""
@@ -192,8 +201,9 @@ def _write_sidecar(checkpoint: Checkpoint) -> None:
 
 
 def _writer_lives(temporary: Path) -> bool:
+    """Whether another process writes it. What has our own process id is of one before us, as in a container."""
     match = re.search(r"\.(\d+)\.tmp$", temporary.name)
-    return match is not None and Path(f"/proc/{match[1]}").exists()
+    return match is not None and int(match[1]) != os.getpid() and Path(f"/proc/{match[1]}").exists()
 
 
 class _HashingWriter:

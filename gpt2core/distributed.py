@@ -5,16 +5,21 @@ from __future__ import annotations
 import io
 import os
 import signal
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from gpt2core.config import TrainConfig
+from gpt2core.flags import exit_code
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -68,14 +73,24 @@ class Ranks:
         dist.all_gather_object(every, packed.getvalue())
         return [torch.load(io.BytesIO(one), weights_only=True) for one in every]
 
+    def on_main(self, do: Callable[[], Value]) -> Value | None:
+        """What `do` returns on rank 0, None elsewhere. What it raises there ends the other ranks too, without a word."""
+        value, error = None, None
+        if self.is_main:
+            try:
+                value = do()
+            except Exception as raised:
+                error = raised
+        code = self.gather(exit_code(error) if error else 0)[0]
+        if error:
+            raise error
+        if code:
+            sys.exit(code)
+        return value
+
     def leave(self) -> None:
         if self.world_size > 1:
             dist.destroy_process_group()
-
-
-def is_main_rank() -> bool:
-    """Whether this process is rank 0, or alone; to be asked before the ranks join."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def pick_device(wanted: str, local_rank: int = 0) -> torch.device:

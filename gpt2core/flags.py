@@ -112,15 +112,18 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
         _fail(first_error(error))
     except BrokenPipeError:
         sys.exit(141)  # the reader of our output went away, as `| head` does: 128 + SIGPIPE
-    except (ConnectionError, ChildProcessError, BlockingIOError) as error:
-        _fail(str(error), exit_code=TRY_AGAIN, what="error, which may pass")
-    except (ValueError, OSError) as error:
-        _fail(str(error))
-    except FloatingPointError as error:
-        _fail(str(error), exit_code=NON_FINITE)
+    except (ValueError, OSError, FloatingPointError) as error:
+        _fail(str(error), exit_code(error))
 
 
-def _fail(sentence: str, exit_code: int = 1, what: str = "error") -> NoReturn:
-    program = Path(sys.argv[0]).name
+def exit_code(error: Exception) -> int:
+    """What a process ends with that this error ends."""
+    if isinstance(error, ConnectionError | ChildProcessError | BlockingIOError):
+        return TRY_AGAIN
+    return NON_FINITE if isinstance(error, FloatingPointError) else 1
+
+
+def _fail(sentence: str, code: int = 1) -> NoReturn:
+    program, what = Path(sys.argv[0]).name, "error, which may pass" if code == TRY_AGAIN else "error"
     print(f"{program}: {what}: {sentence}", file=sys.stderr, flush=True)
-    sys.exit(exit_code)
+    sys.exit(code)

@@ -139,6 +139,13 @@ def tie_to_parent(parent: int) -> None:
 
 if __name__ == "__main__":  # torchrun, tied to the life of its parent
     die_with_parent()
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
-    main()
+    from gpt2core.flags import NON_FINITE, TRY_AGAIN
+
+    try:
+        main()
+    except ChildFailedError as failed:  # which has said what; its own exit code would be 1 whatever a rank meant to say
+        codes = {failure.exitcode for failure in failed.failures.values()}
+        sys.exit(max(codes & {NON_FINITE, TRY_AGAIN}, default=1))

@@ -15,6 +15,7 @@ from gpt2core.checkpoint_folder import LATEST, CheckpointFolder
 from gpt2core.flags import read_config
 from gpt2core.records import current_best
 from gpt2core.run_folder import RunFolder
+from gpt2core.storage import is_remote
 from gpt2core.storage import size as file_size
 
 
@@ -74,7 +75,8 @@ def print_checkpoints(folder: CheckpointFolder) -> None:
         for s in [c.sidecar]
     ]
     columns = ("checkpoint", "step", "epochs", "train loss", "val loss", "size", "age", "sha256")
-    title = f"{folder.location}: {size(folder.disk_bytes())} on disk (names of one sha256 share one file)"
+    shared = "" if is_remote(folder.location) else " (names of one sha256 share one file)"
+    title = f"{folder.location}: {size(folder.disk_bytes())} stored{shared}"
     show(table(title, columns, rows))
     for name in sorted(set(folder.names()) - {str(row[0]) for row in rows}):
         print(f"{name}.pt is no checkpoint: its sidecar is missing or does not fit")
@@ -108,14 +110,19 @@ def print_disk_use(folder: CheckpointFolder) -> None:
         tiers.setdefault(tier, []).append(file_size(folder.file(name)))
     rows = [(tier, len(sizes), size(sum(sizes))) for tier, sizes in tiers.items()]
     together = size(folder.disk_bytes())
-    show(table(f"{folder.location}: {together} on disk", ("tier", "files", "size"), rows))
+    show(table(f"{folder.location}: {together} stored", ("tier", "files", "size"), rows))
 
 
 def print_status(artifacts: Path) -> None:
     """Every run under the folder: how far, how good, how fast, when saved; and the promoted model."""
     if not artifacts.is_dir():
         raise ValueError(f"--artifacts_dir {artifacts}: there is no such folder")
-    configs = [path for path in sorted(artifacts.glob("*/config.json")) if (path.parent / "checkpoints").is_dir()]
+    # a promoted model is a folder with a config.json, too
+    configs = [
+        path
+        for path in sorted(artifacts.glob("*/config.json"))
+        if (path.parent / "checkpoints").is_dir() or (path.parent / "metrics.jsonl").exists()
+    ]
     if not configs:
         print(f"no runs in {artifacts}")
         return

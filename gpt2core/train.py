@@ -16,7 +16,7 @@ from gpt2core import lock
 from gpt2core.checkpoint import Saver, load, load_newest
 from gpt2core.checkpoint_folder import CheckpointFolder
 from gpt2core.config import RunConfig
-from gpt2core.distributed import Ranks, StopRequest, is_main_rank, make_deterministic
+from gpt2core.distributed import Ranks, StopRequest, make_deterministic
 from gpt2core.flags import Parser, add_recipe, add_settings, main_guard, run_config
 from gpt2core.launch import die_with_parent, tell
 from gpt2core.metrics import MetricsLog
@@ -77,14 +77,18 @@ def train(
     if stop_epoch is not None and stop_epoch < 1:
         raise ValueError(f"--stop_epoch {stop_epoch}: epochs are counted from 1")
     folder = RunFolder.of(config)
-    # for the life of the process, and no longer: a second run that would write here is refused, with who holds it
-    locked = lock.hold(folder.path / lock.LOCK_FILE) if is_main_rank() else contextlib.nullcontext()
-    with locked:
-        _train(config, resume, force, accept_changed_data, stop_epoch, stop)
+    if config.train.deterministic:
+        make_deterministic()
+    ranks = Ranks.join(config.train.device)
+    with contextlib.ExitStack() as held:
+        # for the life of the process, and no longer: a second run that would write here is refused, with who holds it
+        ranks.on_main(lambda: held.enter_context(lock.hold(folder.path / lock.LOCK_FILE)))
+        _train(config, ranks, resume, force, accept_changed_data, stop_epoch, stop)
 
 
 def _train(
     config: RunConfig,
+    ranks: Ranks,
     resume: str | None,
     force: bool,
     accept_changed_data: bool,
@@ -92,17 +96,15 @@ def _train(
     stop: StopRequest,
 ) -> None:
     folder = RunFolder.of(config)
-    if config.train.deterministic:
-        make_deterministic()
-    ranks = Ranks.join(config.train.device)
-    findings = preflight(config, ranks.world_size)
-    torch.set_float32_matmul_precision("high")  # TF32 for what is fp32 on the GPU
     checkpoints = CheckpointFolder(folder.checkpoints)
+    findings = preflight(config, ranks.world_size)
+    ranks.on_main(checkpoints.check_writable)
+    torch.set_float32_matmul_precision("high")  # TF32 for what is fp32 on the GPU
     trainer = Trainer(config, ranks)
     origin = restore(trainer, checkpoints, resume, accept_changed_data)
+    ranks.on_main(lambda: folder.claim(config, force))
     log = saver = None
     if ranks.is_main:
-        folder.claim(config, force)
         log = MetricsLog(folder, resume_at=trainer.step, use_tensorboard=config.train.use_tensorboard)
         saver = Saver(checkpoints, config.train.keep_checkpoints, log.say)
         for line in [*findings, f"device: {describe(ranks)}", origin]:
@@ -141,6 +143,7 @@ def restore(
     where: object = resume
     if resume == "latest":
         state, where = load_newest(checkpoints, warn), checkpoints.location
+        _check_agreement(trainer.ranks, checkpoints, state)
         if state is None:
             return f"no checkpoint in {checkpoints.location} yet: starting afresh"
     elif resume is not None:
@@ -159,6 +162,16 @@ def restore(
     if before != now:
         origin += f"; WARNING: on other data than before, as accepted: fingerprint {before[:12]} -> {now[:12]}"
     return origin
+
+
+def _check_agreement(ranks: Ranks, checkpoints: CheckpointFolder, state: dict[str, Any] | None) -> None:
+    """Raises ConnectionError when ranks, each of which looked for the newest whole checkpoint, found different ones."""
+    steps = ranks.gather(state and state["step"])
+    if len(set(steps)) > 1:
+        raise ConnectionError(
+            f"{checkpoints.location}: the ranks could read checkpoints of different steps ({steps}); "
+            f"look at the warnings above, and start again"
+        )
 
 
 def warn(message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -190,9 +191,17 @@ class Lab:
 
     @contextmanager
     def started(
-        self, run: Path, arguments: list[str], nproc: int = 1, module: str = "gpt2core.train"
+        self,
+        run: Path,
+        arguments: list[str],
+        nproc: int = 1,
+        module: str = "gpt2core.train",
+        limit_file_bytes: int = resource.RLIM_INFINITY,
     ) -> Iterator[Started]:
-        """Starts a module for as long as the block lasts; its output goes to a file."""
+        """Starts a module for as long as the block lasts; its output goes to a file.
+
+        A write that makes a file longer than `limit_file_bytes` fails, as it would on a full disk.
+        """
         output_file = self.root / f"output_{time.monotonic_ns()}.txt"
         with output_file.open("wb") as output:
             process = subprocess.Popen(
@@ -203,6 +212,7 @@ class Lab:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit_file_bytes, resource.RLIM_INFINITY))
         started = Started(process, run, output_file)
         try:
             yield started

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from gpt2core.listing import print_status
 from gpt2core.metrics import MetricsLog
@@ -41,7 +42,7 @@ def test_status_shows_the_newest_step_and_takes_the_promoted_model_for_no_run(tm
 
     folder = RunFolder(tmp_path, "demo")
     folder.claim(RECIPES["demo"])
-    folder.checkpoints.mkdir()
+    Path(folder.checkpoints).mkdir()
     lines = [
         {"step": 80, "loss": 6.1},
         {"step": 40, "val_loss": 6.5},
