@@ -39,11 +39,12 @@ class MetricsLog:
         self._warned = False
         folder.log_file.parent.mkdir(parents=True, exist_ok=True)
         if resume_at is not None:  # else another process may be writing it: only append
-            kept = [line for line in read_json_lines(folder.metrics_file) if line["step"] <= resume_at]
+            # a run that starts afresh measures step 0 again
+            kept = [line for line in read_json_lines(folder.metrics_file) if line["step"] <= resume_at and resume_at]
             write_text(folder.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = folder.metrics_file.open("a", encoding="utf-8", buffering=1)
         self._text = folder.log_file.open("a", encoding="utf-8", buffering=1)
-        purge_step = None if resume_at is None else resume_at + 1
+        purge_step = resume_at + 1 if resume_at else resume_at
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=purge_step) if use_tensorboard else None
 
     def say(self, message: str) -> None:

@@ -15,10 +15,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 from servers import http_files, hub, s3, s3_server  # noqa: F401  fixtures
+
+from gpt2core.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHAKESPEARE = REPOSITORY / "data" / "sample" / "tinyshakespeare.txt"
@@ -246,15 +249,20 @@ class Lab:
         else:
             assert mine == other, where
 
-    def assert_same_run(self, run: Path, other: Path) -> None:
+    def latest(self, run: Path) -> dict[str, Any]:
+        """The content of latest.pt, wherever the run has its checkpoints."""
+        with fsspec.open(f"{RunFolder(run.parent, run.name).checkpoints}/latest.pt") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+    def assert_same_run(self, run: Path, other: Path, max_steps: int = MAX_STEPS) -> None:
         """Two finished runs ended in the same state and logged the same numbers, each step once."""
         names = ["step", "epoch", "tokens_seen", "train_loss", "val_loss", "best_val_loss"]
         names += ["model", "optimizer", "rng", "data"]
-        mine, others = (self.load(path / "checkpoints" / "latest.pt") for path in (run, other))
+        mine, others = self.latest(run), self.latest(other)
         self.assert_same({name: mine[name] for name in names}, {name: others[name] for name in names})
         for name in ("loss", "lr", "grad_norm", "val_loss"):
             assert logged(run, name) == logged(other, name), name
-        assert list(logged(run, "loss")) == list(range(1, MAX_STEPS + 1))
+        assert list(logged(run, "loss")) == list(range(1, max_steps + 1))
 
 
 @pytest.fixture(scope="session")
