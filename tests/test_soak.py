@@ -10,7 +10,6 @@ import random
 import re
 import signal
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,7 @@ class Soak:
         """Looks for the temporary file of a save without a pause, for it is there for milliseconds."""
         folder = self.run / "checkpoints"
         deadline = time.monotonic() + 120
-        while not any(name.endswith(".tmp") for name in os.listdir(folder)):
+        while not any(path.suffix == ".tmp" for path in folder.iterdir()):
             assert trainer.process.poll() is None and time.monotonic() < deadline, trainer.output
         time.sleep(self.random.uniform(0, LONGEST_DELAY_S / 2))
 
