@@ -14,7 +14,6 @@ import numpy as np
 from gpt2core.config import VOCAB_SIZE
 from gpt2core.launch import tell
 from gpt2core.listing import show, size, table
-from gpt2core.shard_cache import unreachable
 from gpt2core.shards import FRONT_BYTES, MANIFEST, SHARD_NAME, SPLITS, Manifest, layout, list_shards, read_manifest
 from gpt2core.storage import Location, file_sizes, join, read_bytes
 from gpt2core.tokenizer import EOT, VOCAB_BPE_SHA256
@@ -70,10 +69,8 @@ def check_shard(data_dir: Location, name: str, size_bytes: int) -> ShardCheck:
     location = join(data_dir, name)
     try:
         return _read_shard(location, name, size_bytes)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return ShardCheck(name, problem=str(error))
-    except Exception as error:  # each file system has errors of its own
-        return ShardCheck(name, problem=str(unreachable(location, error)))
 
 
 def _read_shard(location: str, name: str, size_bytes: int) -> ShardCheck:

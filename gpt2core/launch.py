@@ -109,7 +109,7 @@ def run_in_foreground(command: list[str], nproc: int) -> int:
 def tell(line: str) -> None:
     """Prints a line for whoever watches; when the watcher is gone, the work goes on without one."""
     try:
-        print(line, flush=True)
+        print(line + "\n", end="", flush=True)  # in one write, for threads tell things, too
     except BrokenPipeError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)

@@ -39,6 +39,7 @@ from gpt2core.sources import (
     Damage,
     DamagedDocumentError,
     Document,
+    SourceError,
     SourceFile,
     Span,
     documents,
@@ -118,12 +119,24 @@ def prepare(data: DataConfig, progress: Progress = print) -> Manifest:
     """
     manifest = complete(data)
     if manifest is None:
-        plan = begin(data)
+        begin(data)
+    if manifest is None or exists(join(data.data_dir, PARTS)):
         with _folder_lock(data, progress):
-            manifest = complete(data) or assemble(data, plan, _tokenize(data, plan.files, progress), progress)
-            remove(join(data.data_dir, PARTS))
+            manifest = complete(data) or _make(data, progress)
+            remove(join(data.data_dir, PARTS))  # of this run, or of one that was killed before it came to it
     progress(f"{data.data_dir} is complete: {describe(manifest)}")
     return manifest
+
+
+def _make(data: DataConfig, progress: Progress) -> Manifest:
+    plan = read_plan(data) or begin(data)
+    try:
+        return assemble(data, plan, _tokenize(data, plan.files, progress), progress)
+    except FileNotFoundError:
+        # remote storage knows no locks: another run may have finished, and removed the parts that we read
+        if manifest := complete(data):
+            return manifest
+        raise
 
 
 def prepare_file(data: DataConfig, url: str, progress: Progress = print) -> SourceRecord:
@@ -259,27 +272,23 @@ def _key(data: DataConfig, file: SourceFile, span: Span | None = None) -> str:
 def _tokenize(data: DataConfig, files: list[SourceFile], progress: Progress) -> list[Tokenized]:
     """Makes the parts that are missing, all cores at work on spans of any file, and returns every file's record.
 
-    A span that fails does not stop the others: the first error is raised when all are done.
+    What fails does not stop the rest: the first error is raised when all is done.
     """
-    with ThreadPoolExecutor(8) as threads:  # a request or two a file when the storage is far away
-        done = dict(zip(files, threads.map(lambda file: _read_tokenized(data, file), files), strict=True))
-        todo = [file for file in files if done[file] is None]
-        spans_of = dict(zip(todo, threads.map(lambda file: spans(file, data.text_column), todo), strict=True))
+    done, spans_of, errors = _look_at(data, files)
+    for error in errors:
+        progress(f"error, and the rest goes on: {error}")
     parts: dict[Span, Part] = {}
-    errors: list[BaseException] = []
     tally = _Tally(data, [span for of_file in spans_of.values() for span in of_file], progress)
 
     def finish(file: SourceFile) -> None:
         if all(span in parts for span in spans_of[file]):
-            done[file] = record = _write_tokenized(data, file, {span: parts[span] for span in spans_of[file]})
-            finished = sum(record is not None for record in done.values())
-            progress(f"[{finished}/{len(files)}] {_describe_file(record.record)}")
+            done[file] = _write_tokenized(data, file, {span: parts[span] for span in spans_of[file]})
+            progress(f"[{len(done)}/{len(files)}] {_describe_file(done[file].record)}")
 
-    for file in todo:
-        if not spans_of[file]:  # a parquet file without a row
-            finish(file)
+    for file in [file for file, of_file in spans_of.items() if not of_file]:  # parquet without a row
+        finish(file)
     for span, outcome in _work_on(data, tally.spans):
-        if isinstance(outcome, BaseException):
+        if isinstance(outcome, Exception):
             errors.append(outcome)
             progress(f"error, and the rest goes on: {outcome}")
         else:
@@ -288,7 +297,28 @@ def _tokenize(data: DataConfig, files: list[SourceFile], progress: Progress) -> 
             finish(span.file)
     if errors:
         raise errors[0]
-    return [record for record in done.values() if record]
+    return [done[file] for file in files]
+
+
+def _look_at(
+    data: DataConfig, files: list[SourceFile]
+) -> tuple[dict[SourceFile, Tokenized], dict[SourceFile, list[Span]], list[Exception]]:
+    """What is done, the spans of what is not, and the errors of what cannot be read; several files at a time, for each
+    takes a request or two where the storage is far away."""
+    with ThreadPoolExecutor(8) as threads:
+        records = dict(zip(files, threads.map(lambda file: _read_tokenized(data, file), files), strict=True))
+        todo = [file for file, record in records.items() if record is None]
+        found = list(zip(todo, threads.map(lambda file: _spans_or_error(data, file), todo), strict=True))
+    done = {file: record for file, record in records.items() if record}
+    spans_of = {file: spans for file, spans in found if isinstance(spans, list)}
+    return done, spans_of, [error for _, error in found if isinstance(error, Exception)]
+
+
+def _spans_or_error(data: DataConfig, file: SourceFile) -> list[Span] | ValueError | OSError:
+    try:
+        return spans(file, data.text_column)
+    except (ValueError, OSError) as error:
+        return error
 
 
 def _read_tokenized(data: DataConfig, file: SourceFile) -> Tokenized | None:
@@ -361,33 +391,53 @@ def read_progress(data: DataConfig, url: str) -> FileProgress | None:
     return FileProgress.model_validate_json(read_text(written)) if written and exists(written) else None
 
 
-def _work_on(data: DataConfig, todo: list[Span]) -> Iterator[tuple[Span, Part | BaseException]]:
-    """Each span with its part or its error, as they come, from one process a core."""
+def _work_on(data: DataConfig, todo: list[Span]) -> Iterator[tuple[Span, Part | Exception]]:
+    """Each span with its part or its error, as they come, from one process a core.
+
+    A file that cannot be reached is asked for once, not for each of its spans: the libraries try for minutes.
+    """
+    lost: set[SourceFile] = set()
+    for span, outcome in _outcomes(data, todo, lost):
+        if span.file not in lost:
+            yield span, outcome
+        if isinstance(outcome, SourceError):
+            lost.add(span.file)
+
+
+def _outcomes(data: DataConfig, todo: list[Span], lost: set[SourceFile]) -> Iterator[tuple[Span, Part | Exception]]:
     workers = min(len(todo), data.num_workers or os.cpu_count() or 1)
     if workers <= 1:
         for span in todo:
-            try:
-                yield span, tokenize_span(data, span)
-            except (ValueError, OSError) as error:
-                yield span, error
+            if span.file not in lost:
+                yield span, _tokenize_or_error(data, span)
         return
     # spawn, not fork: the caller may hold threads (Prefect's, fsspec's) that a fork would freeze
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=tie_to_parent, initargs=(os.getpid(),)
     ) as pool:
         try:
-            futures = {pool.submit(tokenize_span, data, span): span for span in todo}
+            futures = {pool.submit(_tokenize_or_error, data, span): span for span in todo}
             for future in as_completed(futures):
-                failure = future.exception()
-                if isinstance(failure, BrokenProcessPool):
-                    raise ChildProcessError(
-                        "a tokenizing process was killed, perhaps for want of memory: "
-                        "run again to go on, with a smaller --num_workers if it happens again"
-                    )
-                yield futures[future], failure or future.result()
+                if not future.cancelled():
+                    yield futures[future], future.result()
+                for other, span in futures.items() if futures[future].file in lost else ():
+                    if span.file in lost:
+                        other.cancel()
+        except BrokenProcessPool:
+            raise ChildProcessError(
+                "a tokenizing process was killed, perhaps for want of memory: "
+                "run again to go on, with a smaller --num_workers if it happens again"
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _tokenize_or_error(data: DataConfig, span: Span) -> Part | ValueError | OSError:
+    try:
+        return tokenize_span(data, span)
+    except (ValueError, OSError) as error:
+        return error
 
 
 def tokenize_span(data: DataConfig, span: Span) -> Part:
@@ -488,11 +538,15 @@ def assemble(data: DataConfig, plan: Plan, files: list[Tokenized], progress: Pro
             f"none are left to train on; give more text or a smaller --shard_size"
         )
     if not is_remote(data.data_dir):
-        _clear_for_shards(local_path(data.data_dir), total)
+        _make_room(local_path(data.data_dir), total)
     try:
         shards = _write_shards(data, _cut(parts, data.shard_size), progress)
     except OSError as error:
         raise _disk_full(data.data_dir, error) if error.errno in NO_SPACE else error from None
+    written = {shard.name for shard in shards}
+    for name in file_sizes(data.data_dir):  # of a run with other shards that died before its manifest
+        if SHARD_NAME.match(name) and name not in written:
+            remove(join(data.data_dir, name))
     manifest = Manifest(
         **plan.options,
         source_revision=plan.revision,
@@ -557,7 +611,7 @@ def _blocks(run: list[_Extent]) -> Iterator[bytes]:
             yield read_bytes(location, at, min(at + COPY_BYTES, 2 * (start + tokens)))
 
 
-def _clear_for_shards(folder: Path, tokens: int) -> None:
+def _make_room(folder: Path, tokens: int) -> None:
     """Removes what an attempt that died here left, and makes sure of room for the shards."""
     for left_over in [*folder.glob("*.npy"), *folder.glob(".*.npy.*.tmp")]:
         left_over.unlink()

@@ -173,24 +173,13 @@ class ShardCache:
 
 
 def _read_chunk(url: str, start: int, end: int) -> bytes:
-    try:
-        chunk = read_bytes(url, start, end)
-    except Exception as error:  # each file system has errors of its own
-        raise unreachable(url, error) from error
+    chunk = read_bytes(url, start, end)
     if len(chunk) != end - start:
         raise ValueError(
             f"{url}: {len(chunk)} bytes came for the {end - start} from byte {start} on; "
             f"the file changed, or its storage does not serve parts of files"
         )
     return chunk
-
-
-def unreachable(url: str, error: Exception) -> OSError:
-    """What a file system said, as one sentence."""
-    said = (str(error).strip() or "no reason given").splitlines()[0]
-    return OSError(
-        f"{url} cannot be read ({type(error).__name__}: {said}); check the URL, the network and the credentials"
-    )
 
 
 def _final_name(path: Path) -> str:

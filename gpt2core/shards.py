@@ -25,7 +25,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gpt2core.config import VOCAB_SIZE, DataConfig, first_error
-from gpt2core.shard_cache import RemoteFile, ShardCache, unreachable
+from gpt2core.shard_cache import RemoteFile, ShardCache
 from gpt2core.storage import Location, file_sizes, is_remote, join, local_path, read_bytes, read_ranges, read_text
 
 Split = Literal["train", "val"]
@@ -172,10 +172,7 @@ def open_shards(data_dir: Location, split: Split, cache: ShardCache | None = Non
 
 def list_shards(data_dir: Location, split: Split) -> dict[str, int]:
     """Name and bytes of each shard of a split, in the order of their numbers. Raises ValueError when there are none."""
-    try:
-        found = file_sizes(data_dir)
-    except Exception as error:  # each file system has errors of its own
-        raise unreachable(str(data_dir), error) from error
+    found = file_sizes(data_dir)
     if not found and not (is_remote(data_dir) or local_path(data_dir).is_dir()):
         raise ValueError(f"{data_dir}: there is no such data folder; make it with `gpt2 prepare --data_dir {data_dir}`")
     matches = [match for name in sorted(found) if (match := SHARD_NAME.match(name)) and match["split"] == split]
@@ -206,9 +203,9 @@ def _open_local(data_dir: Location, name: str, size_bytes: int) -> Shard:
 
 def _open_remote(data_dir: Location, sizes: dict[str, int], cache: ShardCache) -> list[Shard]:
     urls = {join(data_dir, name): size_bytes for name, size_bytes in sizes.items()}
-    fronts = _read([(url, 0, min(FRONT_BYTES, size_bytes)) for url, size_bytes in urls.items()])
+    fronts = read_ranges([(url, 0, min(FRONT_BYTES, size_bytes)) for url, size_bytes in urls.items()])
     layouts = [layout(url, front, urls[url]) for url, front in zip(urls, fronts, strict=True)]
-    backs = _read(
+    backs = read_ranges(
         [
             (url, urls[url] - 2 * min(FINGERPRINT_TOKENS, num_tokens), urls[url])
             for url, (_, num_tokens) in zip(urls, layouts, strict=True)
@@ -220,13 +217,6 @@ def _open_remote(data_dir: Location, sizes: dict[str, int], cache: ShardCache) -
         head = np.frombuffer(front[header_bytes : header_bytes + 2 * FINGERPRINT_TOKENS], np.uint16)
         shards.append(Shard(url, num_tokens, head, np.frombuffer(back, np.uint16), header_bytes, copy, cache))
     return shards
-
-
-def _read(ranges: list[tuple[str, int, int]]) -> list[bytes]:
-    try:
-        return read_ranges(ranges)
-    except Exception as error:  # each file system has errors of its own
-        raise unreachable(f"{ranges[0][0].rpartition('/')[0]}", error) from error
 
 
 def layout(location: str, front: bytes, size_bytes: int) -> tuple[int, int]:

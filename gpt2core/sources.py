@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 from pydantic import BaseModel, ConfigDict
 
 from gpt2core.config import DataConfig
-from gpt2core.storage import is_remote
+from gpt2core.storage import UnreachableError, first_line, is_gone, is_remote, remote_error
 
 if TYPE_CHECKING:
     import pyarrow
@@ -33,7 +33,7 @@ HUB_TIMEOUT_S = 10.0
 DAMAGE_LISTED = 20  # places that are kept by name; all are counted
 
 
-class SourceError(ConnectionError):
+class SourceError(UnreachableError):
     """A source cannot be reached, or went away while it was read; trying again may help."""
 
 
@@ -150,10 +150,8 @@ def _matching_files(source: str) -> list[SourceFile]:
             raise ValueError("its server does not tell its size")
     except FileNotFoundError:
         names, sizes = [], []
-    except (ImportError, ValueError, PermissionError) as error:
-        raise ValueError(f"source {source}: {first_line(error)}") from None
-    except Exception as error:  # each remote file system has its own
-        raise SourceError(f"source {source}: {first_line(error)}") from None
+    except Exception as error:
+        raise remote_error(f"source {source}", error) from None
     if not names:
         kind = (
             f"that folder has no files that end in {', '.join(FORMATS)}"
@@ -419,11 +417,7 @@ def _raise_if_lost(error: Exception, file: SourceFile) -> None:
 
 
 def _lost(error: Exception, file: SourceFile) -> NoReturn:
-    if isinstance(error, ImportError | ValueError):
-        raise ValueError(f"source {file.url}: {first_line(error)}") from None
-    what = "it is gone" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {first_line(error)}"
-    raise SourceError(f"source {file.url} cannot be read: {what}") from None
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    if is_gone(error):
+        raise SourceError(f"source {file.url} cannot be read: it is gone") from None
+    told = remote_error(f"source {file.url}", error)
+    raise (SourceError(str(told)) if isinstance(told, UnreachableError) else told) from None

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -37,8 +38,8 @@ def join(folder: Location, name: str) -> str:
 def exists(location: Location) -> bool:
     if not is_remote(location):
         return local_path(location).exists()
-    filesystem, path = _remote(location)
-    return bool(filesystem.exists(path))
+    with _remote(location) as (filesystem, path):
+        return bool(filesystem.exists(path))
 
 
 def file_sizes(folder: Location) -> dict[str, int]:
@@ -50,9 +51,9 @@ def file_sizes(folder: Location) -> dict[str, int]:
                 if file.is_file():
                     sizes[file.name] = file.stat().st_size
         return sizes
-    filesystem, path_there = _remote(folder)
     try:
-        found = filesystem.ls(path_there, detail=True)
+        with _remote(folder) as (filesystem, path):
+            found = filesystem.ls(path, detail=True)
     except FileNotFoundError:
         return {}
     return {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] for entry in found if entry["type"] == "file"}
@@ -62,15 +63,15 @@ def size(location: Location) -> int:
     """Bytes of a file. Raises FileNotFoundError where there is none."""
     if not is_remote(location):
         return local_path(location).stat().st_size
-    filesystem, path = _remote(location)
-    return int(filesystem.size(path))
+    with _remote(location) as (filesystem, path):
+        return int(filesystem.size(path))
 
 
 def read_bytes(location: Location, start: int | None = None, end: int | None = None) -> bytes:
     """The bytes from start (from the front by default) up to end (to the last by default)."""
     if is_remote(location):
-        filesystem, path = _remote(location)
-        return bytes(filesystem.cat_file(path, start=start, end=end))
+        with _remote(location) as (filesystem, path):
+            return bytes(filesystem.cat_file(path, start=start, end=end))
     with local_path(location).open("rb") as file:
         file.seek(start or 0)
         return file.read(-1 if end is None else end - (start or 0))
@@ -80,12 +81,11 @@ def read_ranges(ranges: list[tuple[str, int, int]]) -> list[bytes]:
     """The bytes of each (URL, start, end) of one remote file system, asked for side by side where it can do that."""
     if not ranges:
         return []
-    filesystem, _ = _remote(ranges[0][0])
-    paths = [filesystem._strip_protocol(url) for url, _, _ in ranges]
-    found = filesystem.cat_ranges(
-        paths, [start for _, start, _ in ranges], [end for _, _, end in ranges], on_error="raise"
-    )
-    return [bytes(content) for content in found]
+    urls, starts, ends = zip(*ranges, strict=True)
+    with _remote(urls[0]) as (filesystem, _):
+        paths = [filesystem._strip_protocol(url) for url in urls]
+        found = filesystem.cat_ranges(paths, list(starts), list(ends), on_error="raise")
+        return [bytes(content) for content in found]
 
 
 def read_text(location: Location) -> str:
@@ -105,8 +105,11 @@ def publish(location: Location, mode: str = "wb") -> Iterator[IO[Any]]:
             staged = Path(folder) / "file"
             with staged.open(mode, encoding=encoding) as file:
                 yield file
-            filesystem, there = _remote(location)
-            filesystem.put_file(str(staged), there)
+            try:
+                with _remote(location) as (filesystem, path_there):
+                    filesystem.put_file(str(staged), path_there)
+            except FileNotFoundError as error:  # of the bucket
+                raise ValueError(f"{error}; make it, or name one that is there") from None
         return
     path = local_path(location)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,8 +140,8 @@ def alias(existing: Location, name: Location) -> None:
     A hard link where the file system has them, a copy on the server on remote storage, else a local copy.
     """
     if is_remote(existing):
-        filesystem, path = _remote(existing)
-        filesystem.cp_file(path, _remote(name)[1])
+        with _remote(existing) as (filesystem, path):
+            filesystem.cp_file(path, filesystem._strip_protocol(str(name)))
         return
     here, target = local_path(existing), local_path(name)
     temporary = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
@@ -158,8 +161,7 @@ def alias(existing: Location, name: Location) -> None:
 def remove(location: Location) -> None:
     """Removes a file or a folder with all in it, if it is there."""
     if is_remote(location):
-        filesystem, path = _remote(location)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), _remote(location) as (filesystem, path):
             filesystem.rm(path, recursive=True)
         return
     path_here = local_path(location)
@@ -186,8 +188,46 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def _remote(location: Location) -> tuple[Any, str]:
-    """The file system and the path on it; what it remembers of earlier listings is forgotten, for others write too."""
-    filesystem, path = fsspec.url_to_fs(str(location))
-    filesystem.invalidate_cache()
-    return filesystem, path
+@contextmanager
+def _remote(location: Location) -> Iterator[tuple[Any, str]]:
+    """The file system and the path on it; what it remembers of earlier listings is forgotten, for others write too.
+
+    What goes wrong with it in the block is raised as FileNotFoundError, or as remote_error has it.
+    """
+    try:
+        filesystem, path = fsspec.url_to_fs(str(location))
+        filesystem.invalidate_cache()
+        yield filesystem, path
+    except Exception as error:
+        if is_gone(error):
+            raise FileNotFoundError(f"{location}: {first_line(error)}") from None
+        raise remote_error(str(location), error) from None
+
+
+class UnreachableError(ConnectionError):
+    """Remote storage does not answer as it should; trying again may help."""
+
+
+# What trying again does not help, of the libraries behind fsspec: no credentials, no permission, no such repository.
+PERMANENT = re.compile(r"Credential|Forbidden|Unauthorized|Permission|GatedRepo|RepositoryNotFound|ProfileNotFound")
+
+
+def remote_error(location: str, error: Exception) -> Exception:
+    """An error of a remote file system as one sentence that names the place: each of them has kinds of its own.
+
+    ValueError for what the user must put right, UnreachableError for what may pass.
+    """
+    sentence = f"{location} cannot be used ({type(error).__name__}: {first_line(error)})"
+    permanent = isinstance(error, ImportError | ValueError | PermissionError | TypeError | NotImplementedError)
+    if permanent or PERMANENT.search(type(error).__name__):
+        return ValueError(f"{sentence}; check the URL, what is installed and the credentials")
+    return UnreachableError(sentence)
+
+
+def is_gone(error: Exception) -> bool:
+    """Whether there is no such file: the hub's client has a name of its own for that."""
+    return isinstance(error, FileNotFoundError) or "EntryNotFound" in type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -241,5 +241,5 @@ def test_what_is_no_parquet_is_refused_by_name(tmp_path):
 
 
 def test_a_url_of_an_unknown_protocol_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"source nosuch://bucket/a\.parquet: .*nosuch"):
+    with pytest.raises(ValueError, match=r"source nosuch://bucket/a\.parquet cannot be used .*nosuch"):
         list_sources(DataConfig(source="nosuch://bucket/a.parquet"))
