@@ -101,7 +101,8 @@ def publish(location: Location, mode: str = "wb") -> Iterator[IO[Any]]:
     """
     encoding = None if "b" in mode else "utf-8"
     if is_remote(location):
-        with tempfile.TemporaryDirectory(prefix="gpt2_upload_") as folder:
+        _remove_stale_uploads()
+        with tempfile.TemporaryDirectory(prefix=f"{_upload_prefix()}{os.getpid()}_") as folder:
             staged = Path(folder) / "file"
             with staged.open(mode, encoding=encoding) as file:
                 yield file
@@ -123,6 +124,29 @@ def publish(location: Location, mode: str = "wb") -> Iterator[IO[Any]]:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
+
+
+def _upload_prefix() -> str:
+    return f"gpt2_upload_{socket.gethostname()}_"
+
+
+def _remove_stale_uploads() -> None:
+    """Removes what processes of this machine left that were killed in an upload."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_upload_prefix()}*"):
+        pid = folder.name.removeprefix(_upload_prefix()).split("_")[0]
+        if pid.isdigit() and not is_running(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine has this id."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_text(location: Location, text: str) -> None:
@@ -155,6 +179,7 @@ def alias(existing: Location, name: Location) -> None:
             shutil.copyfileobj(source, copy, 16 << 20)
         return
     temporary.replace(target)
+    temporary.unlink(missing_ok=True)  # rename leaves it when both already name one file
     fsync_folder(target.parent)
 
 
