@@ -28,6 +28,7 @@ from gpt2core.storage import (
     alias,
     file_sizes,
     is_remote,
+    is_running,
     join,
     local_path,
     publish,
@@ -203,7 +204,7 @@ def _write_sidecar(checkpoint: Checkpoint) -> None:
 def _writer_lives(temporary: Path) -> bool:
     """Whether another process writes it. What has our own process id is of one before us, as in a container."""
     match = re.search(r"\.(\d+)\.tmp$", temporary.name)
-    return match is not None and int(match[1]) != os.getpid() and Path(f"/proc/{match[1]}").exists()
+    return match is not None and int(match[1]) != os.getpid() and is_running(int(match[1]))
 
 
 class _HashingWriter:

@@ -39,6 +39,7 @@ class Request:
     method: str
     path: str  # decoded, without the query
     range: str | None = None
+    length: int = 0  # of the body, in bytes
 
 
 @dataclass
@@ -459,9 +460,10 @@ class S3Server:
         server._server.app = self
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
-        request = Request(environ["REQUEST_METHOD"], environ["PATH_INFO"], environ.get("HTTP_RANGE"))
-        if length := environ.get("CONTENT_LENGTH"):  # read first, so that a request that is held has arrived as a whole
-            environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(int(length)))
+        length = int(environ.get("CONTENT_LENGTH") or 0)
+        request = Request(environ["REQUEST_METHOD"], environ["PATH_INFO"], environ.get("HTTP_RANGE"), length)
+        if length:  # read first, so that a request that is held has arrived as a whole
+            environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(length))
         self.faults.record(request)
         fault = self.faults.due(request, "hold", *STATUSES)
         if fault is None:
