@@ -10,6 +10,7 @@ import random
 import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,19 @@ from gpt2core.checkpoint_folder import CheckpointFolder
 
 pytestmark = pytest.mark.slow
 
-KINDS_OF_ONE = ["kill rank 0 in a save"] * 4 + ["kill rank 0", "SIGTERM"]
+KINDS_OF_ONE = ["kill rank 0 in a write", "kill rank 0 in a commit"] * 2 + ["kill rank 0", "SIGTERM"]
 KINDS_OF_TWO = [*KINDS_OF_ONE, "kill rank 1", "kill torchrun", "kill all"]
-LONGEST_DELAY_S = 0.05  # a few steps of the tiny model, or a whole save
+LONGEST_DELAY_S = 0.05  # a few steps of the tiny model
+
+
+def being_written(names: set[str]) -> set[str]:
+    """Temporary files of checkpoints."""
+    return {name for name in names if name.startswith(".rolling") and ".pt." in name}
+
+
+def being_committed(names: set[str]) -> set[str]:
+    """Checkpoints without a sidecar."""
+    return {name for name in names if name.endswith(".pt") and name.removesuffix(".pt") + ".json" not in names}
 
 
 class Soak:
@@ -50,8 +61,10 @@ class Soak:
             self._wait_for_progress(trainer, steps)
             rank = trainer.rank if self.nproc > 1 else lambda _: trainer.process.pid
             pids = [rank(number) for number in range(self.nproc)]
-            if kind == "kill rank 0 in a save":
-                self._wait_for_a_save(trainer)
+            if kind == "kill rank 0 in a write":
+                self._wait_for_files(trainer, being_written)
+            elif kind == "kill rank 0 in a commit":
+                self._wait_for_files(trainer, being_committed)
             else:
                 time.sleep(self.random.uniform(0, LONGEST_DELAY_S))  # a random moment is what is tested
             victims = {"kill rank 1": pids[-1:], "kill torchrun": [trainer.process.pid], "kill all": pids}
@@ -76,13 +89,17 @@ class Soak:
         said = trainer.wait_for(lambda: pattern.search(trainer.output), "it to resume")
         return int(said[1] or 0)
 
-    def _wait_for_a_save(self, trainer: Any) -> None:
-        """Looks for the temporary file of a save without a pause, for it is there for milliseconds."""
+    def _wait_for_files(self, trainer: Any, are_there: Callable[[set[str]], set[str]]) -> None:
+        """Looks at the names in the checkpoint folder without a pause, for what it waits for lasts milliseconds."""
         folder = self.run / "checkpoints"
         deadline = time.monotonic() + 120
-        while not any(path.suffix == ".tmp" for path in folder.iterdir()):
+
+        def names() -> set[str]:
+            return are_there({path.name for path in folder.iterdir()})
+
+        left_by_the_last_kill = names()
+        while not names() - left_by_the_last_kill:
             assert trainer.process.poll() is None and time.monotonic() < deadline, trainer.output
-        time.sleep(self.random.uniform(0, LONGEST_DELAY_S / 2))
 
     def _count(self, kind: str) -> None:
         self.faults.append(kind)
@@ -105,7 +122,7 @@ class Soak:
 
 def test_eight_kills_change_nothing(lab: Any, straight: Path, tmp_path: Path, capsys: Any) -> None:
     soak = Soak(lab, tmp_path / "tiny", lab.flags(tmp_path, checkpoint_freq=1), nproc=1, seed=0)
-    soak.go(["kill rank 0 in a save"] * 5 + ["kill rank 0"] * 2 + ["SIGTERM"], max_steps_between=2)
+    soak.go([*KINDS_OF_ONE, "kill rank 0", "kill rank 0 in a commit"], max_steps_between=2)
     lab.assert_same_run(soak.run, straight)
     with capsys.disabled():
         print(f"\n{soak.summary()}")
