@@ -30,9 +30,13 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
 
 
 def show(made: Table) -> None:
-    """Prints a table; where there is no terminal, as wide as it needs to be."""
+    """Prints a table; where there is no terminal, as wide as it needs to be. A path in its title stays in one piece."""
     console = Console()
-    (console if console.is_terminal else Console(width=160)).print(made)
+    console = console if console.is_terminal else Console(width=160)
+    title, made.title = made.title, None
+    if title:
+        console.print(title, style="bold", soft_wrap=True, highlight=False, markup=False)
+    console.print(made)
 
 
 def number(value: float | None, digits: int = 4) -> str | None:

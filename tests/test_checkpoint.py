@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from gpt2core.checkpoint import check_same_model, load, load_newest, save
 from gpt2core.checkpoint_folder import FORMAT, CheckpointFolder, Summary
+from gpt2core.listing import print_checkpoints
 
 
 def state(step: int, **more: Any) -> dict[str, Any]:
@@ -98,24 +100,41 @@ def flip_a_byte(path: Path) -> None:
 
 
 DAMAGES = {
-    "flipped byte": (flip_a_byte, 2),  # the damage is in the one file that latest and rolling_step_000003 share
-    "cut short": (lambda path: os.truncate(path, path.stat().st_size - 100), 2),
-    "zero length": (lambda path: os.truncate(path, 0), 2),
-    "no sidecar": (lambda path: path.with_suffix(".json").unlink(), 3),
-    "sidecar cut short": (lambda path: os.truncate(path.with_suffix(".json"), 20), 3),
-    "replaced by an empty file": (lambda path: (path.unlink(), path.touch()), 3),
+    "flipped byte": (
+        flip_a_byte,
+        2,
+        "does not have the hash in its sidecar",
+    ),  # the damage is in the one file that latest and rolling_step_000003 share
+    "cut short": (
+        lambda path: os.truncate(path, path.stat().st_size - 100),
+        2,
+        "its sidecar is missing or does not fit",
+    ),
+    "zero length": (lambda path: os.truncate(path, 0), 2, "its sidecar is missing or does not fit"),
+    "no sidecar": (lambda path: path.with_suffix(".json").unlink(), 3, "its sidecar is missing or does not fit"),
+    "sidecar cut short": (
+        lambda path: os.truncate(path.with_suffix(".json"), 20),
+        3,
+        "its sidecar is missing or does not fit",
+    ),
+    "replaced by an empty file": (
+        lambda path: (path.unlink(), path.touch()),
+        3,
+        "its sidecar is missing or does not fit",
+    ),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_latest_is_skipped_aloud_for_the_newest_whole_one(folder: CheckpointFolder, damage: str) -> None:
-    harm, expected_step = DAMAGES[damage]
+    harm, expected_step, reason = DAMAGES[damage]
     harm(Path(folder.file("latest")))
     warnings: list[str] = []
     found = load_newest(folder, warnings.append)
     assert found and found["step"] == expected_step
     assert torch.equal(found["model"]["w"], torch.full((4096,), float(expected_step)))
-    assert any("latest.pt" in warning and "skipped" in warning for warning in warnings), warnings
+    (warning,) = [warning for warning in warnings if "latest.pt" in warning]
+    assert warning.startswith("skipped ") and reason in warning
 
 
 def test_a_whole_latest_is_taken_without_a_word(folder: CheckpointFolder) -> None:
@@ -181,6 +200,29 @@ assert {path.name: path.read_bytes() for path in Path(folder.location).iterdir()
     assert done.stdout.startswith("OSError")
 
 
+@pytest.mark.parametrize("year", [1970, 2199])
+def test_a_clock_that_was_wrong_does_not_matter(folder: CheckpointFolder, year: int) -> None:
+    """Steps say what is new; the time in a sidecar is for people."""
+    for path in Path(folder.location).glob("*.json"):
+        path.write_text(re.sub(r'"saved_at": "\d+', f'"saved_at": "{year}', path.read_text()))
+        os.utime(path.with_suffix(".pt"), (0, 0) if year < 2000 else (2**32, 2**32))
+    assert [found.sidecar.step for found in folder.all()] == [3, 3, 2, 2, 2, 1]
+    print_checkpoints(folder)
+    save(folder, state(4), names=[], keep=2)
+    assert [name for name in folder.names() if "rolling" in name] == ["rolling_step_000003", "rolling_step_000004"]
+    Path(folder.file("latest")).unlink()
+    newest = load_newest(folder, lambda _: None)
+    assert newest and newest["step"] == 4
+
+
+def test_a_folder_that_takes_no_file_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file"):
+        CheckpointFolder(tmp_path / "file").check_writable()
+    CheckpointFolder(tmp_path / "folder").check_writable()
+    assert list((tmp_path / "folder").iterdir()) == []
+
+
 class RunsCode:
     """What a hostile pickle looks like."""
 
@@ -218,11 +260,12 @@ def test_what_a_killed_writer_left_goes_and_what_a_live_one_writes_stays(folder:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     stale = Path(folder.location) / f".rolling_step_000009.pt.{ended.pid}.tmp"
+    namesake = Path(folder.location) / f".rolling_step_000009.pt.{os.getpid()}.tmp"  # in a container started anew
     live = Path(folder.location) / f".rolling_step_000009.pt.{os.getppid()}.tmp"
-    stale.write_bytes(b"half")
-    live.write_bytes(b"half")
+    for path in (stale, namesake, live):
+        path.write_bytes(b"half")
     save(folder, state(4), names=[], keep=10)
-    assert not stale.exists()
+    assert not stale.exists() and not namesake.exists()
     assert live.exists()
 
 

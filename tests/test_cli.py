@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,59 @@ def test_checkpoints_lists_and_prunes(tiny: Path, capsys: Any) -> None:
     assert all(f"removed {folder / name}.pt" in shown for name in rolling[:-1])
     for name in ("latest", "latest_backup", "best_model", "epoch_00001", "epoch_00002"):
         assert (folder / f"{name}.pt").exists()
+
+
+def test_checkpoints_shows_one_and_refuses_what_is_not_there(tiny: Path, lab: Any, capsys: Any) -> None:
+    where = [*TINY, tiny.parent]
+    assert gpt2("checkpoints", "show", *where) == 0
+    shown = capsys.readouterr().out
+    assert str(tiny / "checkpoints" / "latest.pt") in shown
+    saved = json.loads((tiny / "checkpoints" / "latest.json").read_text())
+    rows = dict(re.findall(r"│ (\w+) +│ +(.*?) │", shown))
+    assert rows["step"] == "24" and rows["sha256"] == saved["sha256"] and rows["saved_at"] == saved["saved_at"]
+    assert float(rows["val_loss"]) == lab.logged(tiny, "val_loss")[24]
+    assert gpt2("checkpoints", "show", "epoch_00001", *where) == 0
+    assert re.search(r"│ step +│ +12 │", capsys.readouterr().out)
+    with pytest.raises(ValueError, match=r"no whole checkpoint epoch_00009; there are: best_model, epoch_00001"):
+        gpt2("checkpoints", "show", "epoch_00009", *where)
+    for action in ("list", "show", "verify", "du"):
+        with pytest.raises(ValueError, match=r"nothing/checkpoints holds no checkpoints"):
+            gpt2("checkpoints", action, "--run_name", "nothing", "--artifacts_dir", tiny.parent)
+
+
+def test_checkpoints_verify_finds_a_flipped_byte_and_a_missing_sidecar(tiny: Path, capsys: Any) -> None:
+    where, folder = [*TINY, tiny.parent], tiny / "checkpoints"
+    names = {path.stem for path in folder.glob("*.pt")}
+    assert gpt2("checkpoints", "verify", *where) == 0
+    assert set(capsys.readouterr().out.splitlines()) == {f"{name}: whole" for name in names}
+    content = bytearray((folder / "epoch_00001.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "epoch_00001.pt").unlink()  # it shares its file with others
+    (folder / "epoch_00001.pt").write_bytes(content)
+    (folder / "best_model.json").unlink()
+    assert gpt2("checkpoints", "verify", *where) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert sorted(line for line in said if not line.endswith(": whole")) == [
+        "best_model: DAMAGED, its sidecar is missing or does not fit",
+        f"epoch_00001: DAMAGED, {folder}/epoch_00001.pt: its content does not have the hash in its sidecar, "
+        f"so it is damaged",
+    ]
+    assert len(said) == len(names)
+    assert gpt2("checkpoints", "verify", "latest", *where) == 0
+    assert gpt2("checkpoints", "verify", "epoch_00001", *where) == 1
+    assert gpt2("checkpoints", "verify", "epoch_00009", *where) == 1
+
+
+def test_checkpoints_du_counts_a_shared_file_once(tiny: Path, capsys: Any) -> None:
+    assert gpt2("checkpoints", "du", *TINY, tiny.parent) == 0
+    shown = capsys.readouterr().out
+    sizes = {path: path.stat() for path in (tiny / "checkpoints").glob("*.pt")}
+    once = sum({stat.st_ino: stat.st_size for stat in sizes.values()}.values())
+    assert f"{once / 1e6:.1f} MB stored" in shown
+    tiers = {"latest": 1, "latest_backup": 1, "best_model": 1, "epoch": 2, "rolling": 3}
+    for tier, files in tiers.items():
+        count = sum(stat.st_size for path, stat in sizes.items() if re.fullmatch(rf"{tier}[\d_step]*", path.stem))
+        assert re.search(rf"│ {tier} +│ +{files} │ +{count / 1e6:.1f} MB │", shown), shown
 
 
 def test_export_writes_what_transformers_loads(tiny: Path, lab: Any, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,70 @@ def test_after_three_faults_two_ranks_are_bit_identical(
     lab.assert_same_run(two_ranks["run"], straight_two_ranks)
 
 
+# --- a second signal -------------------------------------------------------------------------------------------------
+
+STOPPABLE = """
+import signal, sys, time
+from gpt2core.distributed import StopRequest
+StopRequest.SAME_SIGTERM_S = float(sys.argv[1])
+stop = StopRequest()
+signal.signal(signal.SIGRTMIN, lambda *_: print("goes on", flush=True))
+print("ready", flush=True)
+while True:
+    time.sleep(0.01)
+    if stop.signal and time.monotonic() - stop.signalled_at > StopRequest.SAME_SIGTERM_S:
+        print("time is over", flush=True)
+        time.sleep(1000)
+"""
+
+
+@contextlib.contextmanager
+def stoppable(same_sigterm_s: float) -> Iterator[tuple[subprocess.Popen[str], Callable[[str], None]]]:
+    """A process with a StopRequest, and a function that waits for it to say something."""
+    command = [sys.executable, "-c", STOPPABLE, str(same_sigterm_s)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+
+    def wait_for(line: str) -> None:
+        assert process.stdout and process.stdout.readline() == line + "\n"
+
+    try:
+        wait_for("ready")
+        yield process, wait_for
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_sigint_ends_at_once(first: signal.Signals) -> None:
+    with stoppable(1000) as (process, wait_for):
+        for number in (first, signal.SIGRTMIN):  # of several signals that wait, the lowest number is heard first
+            process.send_signal(number)
+        wait_for("goes on")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) == 128 + signal.SIGINT
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_sigterm_soon_after_the_first_signal_is_the_same_one_and_a_later_one_ends_at_once(
+    first: signal.Signals,
+) -> None:
+    with stoppable(1000) as (process, wait_for):
+        for number in (first, signal.SIGRTMIN):
+            process.send_signal(number)
+        wait_for("goes on")
+        for number in (signal.SIGTERM, signal.SIGRTMIN):
+            process.send_signal(number)
+        wait_for("goes on")
+        assert process.poll() is None
+    with stoppable(0.1) as (process, wait_for):
+        process.send_signal(first)
+        wait_for("time is over")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 128 + signal.SIGTERM
+
+
 # --- a launcher that is killed ---------------------------------------------------------------------------------------
 
 
@@ -235,6 +301,35 @@ def test_a_disk_full_to_the_last_byte_ends_in_one_sentence_and_the_checkpoint_st
     assert code == 1, output
     assert "error: " in output.splitlines()[-1], output
     assert "main_guard" not in output, "a traceback"
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A folder that nothing can be written to: a file system mounted so, or, where that is not permitted, a file."""
+    path = tmp_path / "read_only"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(path)]
+    mounted = shutil.which("mount") and subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    if not mounted:
+        path.rmdir()
+        path.touch()
+    yield path
+    if mounted:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("setting", ["artifacts_dir", "checkpoint_dir"])
+def test_a_read_only_folder_is_refused_at_the_start_in_one_sentence(
+    lab: Any, tmp_path: Path, read_only: Path, setting: str, nproc: int
+) -> None:
+    folders = {"artifacts_dir": tmp_path / "artifacts"} | {setting: read_only}
+    flags = lab.flags(**folders)
+    done = lab.run("gpt2core.cli", ["train", "--nproc_per_node", str(nproc), *flags])
+    assert done.returncode == 1
+    (said,) = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line]
+    assert str(read_only) in said
+    assert not (tmp_path / "artifacts" / "tiny" / "metrics.jsonl").exists()
 
 
 def test_logs_cut_short_by_a_crash_do_not_keep_the_run_from_going_on(

@@ -103,6 +103,19 @@ def test_training_goes_on_while_the_storage_is_away(lab: Any, s3: S3, tmp_path: 
     assert load_newest(folder, lambda warning: pytest.fail(warning))["step"] == max(lab.logged(run, "loss"))
 
 
+def test_a_second_ctrl_c_ends_a_run_whose_last_upload_hangs(lab: Any, s3: S3, tmp_path: Path) -> None:
+    run = tmp_path / "tiny"
+    endless = {"steps_per_epoch": 100_000, "eval_freq": 0, "checkpoint_freq": 0}
+    held = s3.hold("PUT", ".pt")
+    with lab.started(run, lab.flags(tmp_path, checkpoint_dir=f"{s3.bucket_url}/ck", **endless)) as trainer:
+        trainer.wait_for_step(2)
+        os.kill(trainer.process.pid, signal.SIGINT)
+        trainer.wait_for(held.reached.is_set, "the upload")
+        os.kill(trainer.process.pid, signal.SIGINT)
+        assert trainer.wait() == 128 + signal.SIGINT, trainer.output
+    held.release(drop=True)
+
+
 def test_storage_that_does_not_answer_is_refused_at_the_start_in_one_sentence(
     lab: Any, tmp_path: Path, s3: S3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
