@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import S3
+import torch
+from servers import DEADLINE_S, S3, Fault
+from test_commit import check, state
 
-from gpt2core.checkpoint import load_newest
-from gpt2core.checkpoint_folder import CheckpointFolder
+from gpt2core.checkpoint import load_newest, save
+from gpt2core.checkpoint_folder import FORMAT, CheckpointFolder
 from gpt2core.cli import run as gpt2
 from gpt2core.flags import TRY_AGAIN
 
@@ -65,6 +70,58 @@ def test_a_run_killed_in_an_upload_goes_on_to_the_same_end(
     assert sent["rolling_step_000024.pt"] > 1_000_000
     for name in ("latest", "latest_backup", "best_model", "epoch_00001", "epoch_00002"):
         assert sent[f"{name}.pt"] == 0, "a copy on the server"
+
+
+def test_a_commit_that_ends_at_any_request_leaves_a_whole_newest_or_previous_state(s3: S3) -> None:
+    """From its Nth request on the server refuses all: to the storage that is what a kill there would be."""
+    for step in (1, 2, 3):
+        names = ["epoch_00001", "best_model"] if step == 2 else []
+        save(CheckpointFolder(f"{s3.bucket_url}/start"), state(step, float(step)), names=names, keep=10)
+    start = s3.contents("start")
+    seen = []
+    for requests in itertools.count():
+        folder = CheckpointFolder(f"{s3.bucket_url}/ended_after_{requests}")
+        for name, content in start.items():
+            s3.add(f"ended_after_{requests}/{name}", content)
+        refusal = s3.faults.add(Fault(None, "", "403", after=requests, times=1 << 30))
+        try:
+            save(folder, state(4, 4.0), names=["epoch_00002", "best_model"], keep=2)
+        except ValueError:
+            ended_early = True
+        else:
+            ended_early = False
+        refusal.after = refusal.times = 0
+        seen.append(check(folder, {(3, 3.0), (4, 4.0)}))
+        if not ended_early:
+            break
+    assert len(seen) > 20 and set(seen) == {(3, 3.0), (4, 4.0)}
+
+
+SAVE_LARGE = """
+import sys, torch
+from gpt2core.checkpoint import save
+from gpt2core.checkpoint_folder import CheckpointFolder
+model = {"w": torch.full((30_000_000,), 2.0)}  # 120 MB: s3fs sends what is above 100 MB in parts
+state = dict(format=1, step=2, epoch=0, train_loss=None, val_loss=None, model=model)
+save(CheckpointFolder(sys.argv[1]), state, names=[], keep=5)
+"""
+
+
+def test_an_upload_in_parts_that_is_killed_leaves_nothing_to_be_seen(s3: S3, scratch: Path) -> None:
+    folder = CheckpointFolder(f"{s3.bucket_url}/run")
+    first = {"format": FORMAT, "step": 1, "epoch": 0, "model": {"w": torch.ones(10)}}
+    save(folder, first, names=[], keep=5)
+    held = s3.hold("PUT", "rolling_step_000002.pt", after=1)  # the second part
+    command = [sys.executable, "-c", SAVE_LARGE, folder.location]
+    with subprocess.Popen(command, env=os.environ | s3.environment) as process:
+        assert held.reached.wait(DEADLINE_S)
+        process.kill()
+    held.release(drop=True)
+    assert folder.names() == ["latest", "rolling_step_000001"]
+    subprocess.run(command, env=os.environ | s3.environment, check=True, timeout=DEADLINE_S)
+    newest = load_newest(folder, lambda warning: pytest.fail(warning))
+    assert newest and newest["step"] == 2 and newest["model"]["w"].shape == (30_000_000,)
+    assert list(scratch.rglob("*")) == []
 
 
 def test_a_killed_upload_leaves_no_local_file_for_good(lab: Any, s3: S3, tmp_path: Path, scratch: Path) -> None:
