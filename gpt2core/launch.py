@@ -80,7 +80,10 @@ def run(command: list[str], on_line: Callable[[str], None] = print, nproc: int =
 
 
 def stop(process: subprocess.Popen[str], on_line: Callable[[str], None] = print) -> int:
-    """Ends a process: SIGTERM, its last lines handed on, and SIGKILL to its session after GRACE_S."""
+    """Ends a process: SIGTERM, its last lines handed on, and SIGKILL to its session after GRACE_S.
+
+    Ctrl+C while it waits kills the session at once and ends this process, too.
+    """
     with contextlib.suppress(ProcessLookupError):
         process.terminate()
     try:
@@ -88,15 +91,23 @@ def stop(process: subprocess.Popen[str], on_line: Callable[[str], None] = print)
         for line in (rest or "").splitlines():
             on_line(line)
     except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill_session(process)
+    except KeyboardInterrupt:
+        _kill_session(process)
+        sys.exit(128 + signal.SIGINT)
     return process.wait()
+
+
+def _kill_session(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def run_in_foreground(command: list[str], nproc: int) -> int:
     """Runs a trainer for a person at a terminal: Ctrl+C or SIGTERM lets it save, and then counts as a clean end."""
 
     def leave(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one that follows must not cut the saving short
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, leave)

@@ -37,6 +37,16 @@ def test_a_resume_drops_what_was_logged_beyond_its_checkpoint_and_what_was_cut_s
     assert [(line["step"], line["loss"]) for line in folder.metrics()] == [(1, 1.0), (2, 1.0), (3, 0.5)]
 
 
+def test_a_run_that_starts_afresh_after_a_crash_has_step_0_once(tmp_path):
+    folder = RunFolder(tmp_path, "run")
+    for val_loss in (10.8, 10.9):  # the first died before its first checkpoint
+        log = MetricsLog(folder, resume_at=0, use_tensorboard=False)
+        log.numbers(0, val_loss=val_loss)
+        log.numbers(1, loss=10.0)
+        log.close()
+    assert [line.get("val_loss") for line in folder.metrics()] == [10.9, None]
+
+
 def test_status_shows_the_newest_step_and_takes_the_promoted_model_for_no_run(tmp_path, capsys):
     from gpt2core.config import RECIPES
 

@@ -160,16 +160,22 @@ def test_training_goes_on_while_the_storage_is_away(lab: Any, s3: S3, tmp_path: 
     assert load_newest(folder, lambda warning: pytest.fail(warning))["step"] == max(lab.logged(run, "loss"))
 
 
-def test_a_second_ctrl_c_ends_a_run_whose_last_upload_hangs(lab: Any, s3: S3, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("module", "command"), [("gpt2core.train", []), ("gpt2core.cli", ["train"])])
+def test_a_second_ctrl_c_ends_a_run_whose_last_upload_hangs(
+    lab: Any, s3: S3, tmp_path: Path, module: str, command: list[str]
+) -> None:
     run = tmp_path / "tiny"
     endless = {"steps_per_epoch": 100_000, "eval_freq": 0, "checkpoint_freq": 0}
+    flags = lab.flags(tmp_path, checkpoint_dir=f"{s3.bucket_url}/checkpoints", **endless)
     held = s3.hold("PUT", ".pt")
-    with lab.started(run, lab.flags(tmp_path, checkpoint_dir=f"{s3.bucket_url}/ck", **endless)) as trainer:
-        trainer.wait_for_step(2)
-        os.kill(trainer.process.pid, signal.SIGINT)
-        trainer.wait_for(held.reached.is_set, "the upload")
-        os.kill(trainer.process.pid, signal.SIGINT)
-        assert trainer.wait() == 128 + signal.SIGINT, trainer.output
+    with lab.started(run, [*command, *flags], module=module) as started:
+        started.wait_for_step(2)
+        trainers = started.children() if command else [started.process.pid]
+        os.kill(started.process.pid, signal.SIGINT)
+        started.wait_for(held.reached.is_set, "the upload")
+        os.kill(started.process.pid, signal.SIGINT)
+        assert started.wait() == 128 + signal.SIGINT, started.output
+        lab.wait_until(lambda: not any(map(lab.is_alive, trainers)), "the trainer to end")
     held.release(drop=True)
 
 
