@@ -148,7 +148,10 @@ def _status_row(config_file: Path) -> tuple[Any, ...]:
     in_order = sorted(folder.metrics(), key=lambda line: line["step"])  # an evaluation may come after later steps
     latest = {name: value for line in in_order for name, value in line.items()}
     checkpoints = CheckpointFolder(folder.checkpoints)
-    saved = checkpoints.find(LATEST)
+    try:
+        saved, disk = checkpoints.find(LATEST), size(checkpoints.disk_bytes())
+    except (ConnectionError, ValueError):  # of remote storage; the other runs are still worth a look
+        saved, disk = None, "unreachable"
     steps = None if train.steps_per_epoch == "auto" else train.num_epochs * train.steps_per_epoch
     speed, step = latest.get("tokens_per_sec"), latest.get("step")
     to_go = None
@@ -165,5 +168,5 @@ def _status_row(config_file: Path) -> tuple[Any, ...]:
         to_go,
         saved and saved.sidecar.step,
         saved and age(saved.sidecar.saved_at),
-        size(checkpoints.disk_bytes()),
+        disk,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -259,6 +260,9 @@ def test_a_checkpoint_on_s3_is_measured_and_continues_a_text(
     assert gpt2(["status", "--artifacts_dir", str(remote_run.parent)]) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if "tiny" in line and "24" in line]
     assert row.count("24") >= 3, "the step logged, the steps in all and the step saved"
+    s3.fail("HEAD", "latest.pt", times=1 << 30, status=403)
+    assert gpt2(["status", "--artifacts_dir", str(remote_run.parent)]) == 0
+    assert re.search("tiny .*unreachable", capsys.readouterr().out)
 
 
 def test_a_run_on_s3_is_not_written_over_in_silence(lab: Any, remote_run: Path, s3: S3, train_here: Any) -> None:
