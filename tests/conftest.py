@@ -135,8 +135,8 @@ class Started:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def wait(self) -> int:
-        return self.process.wait(DEADLINE_S)
+    def wait(self, deadline_s: float = DEADLINE_S) -> int:
+        return self.process.wait(deadline_s)
 
     def end(self) -> None:
         """Leaves nothing behind."""
@@ -174,7 +174,9 @@ class Lab:
         one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
         return {name: value for name, value in os.environ.items() if name != "GPT2_STARTED_BY"} | one_thread
 
-    def run(self, module: str, arguments: list[str], nproc: int = 1) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, module: str, arguments: list[str], nproc: int = 1, deadline_s: float = DEADLINE_S
+    ) -> subprocess.CompletedProcess[str]:
         """Runs a module of the package to its end."""
         return subprocess.run(
             self.command(module, arguments, nproc),
@@ -182,13 +184,15 @@ class Lab:
             env=self.environment(),
             capture_output=True,
             text=True,
-            timeout=DEADLINE_S,
+            timeout=deadline_s,
             check=False,
         )
 
-    def train(self, flags: list[str], nproc: int = 1) -> subprocess.CompletedProcess[str]:
+    def train(
+        self, flags: list[str], nproc: int = 1, deadline_s: float = DEADLINE_S
+    ) -> subprocess.CompletedProcess[str]:
         """Trains to the end of the run or of what the flags say; fails the test when that fails."""
-        done = self.run("gpt2core.train", flags, nproc)
+        done = self.run("gpt2core.train", flags, nproc, deadline_s)
         assert done.returncode == 0, done.stdout + done.stderr
         return done
 

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 
 KINDS_OF_ONE = ["kill rank 0 in a write", "kill rank 0 in a commit"] * 2 + ["kill rank 0", "SIGTERM"]
 KINDS_OF_TWO = [*KINDS_OF_ONE, "kill rank 1", "kill torchrun", "kill all"]
+LONGEST_RUN_S = 900.0  # of hundreds of steps, on a machine that has other work
 LONGEST_DELAY_S = 0.05  # a few steps of the tiny model
 
 
@@ -53,7 +54,7 @@ class Soak:
             self._attempt(kind, self.random.randint(1, max_steps_between))
         with self.lab.started(self.run, self.flags, self.nproc) as trainer:
             self._wait_for_progress(trainer, 1)
-            assert trainer.wait() == 0, trainer.output
+            assert trainer.wait(LONGEST_RUN_S) == 0, trainer.output
 
     def _attempt(self, kind: str, steps: int) -> None:
         with self.lab.started(self.run, self.flags, self.nproc) as trainer:
@@ -134,13 +135,13 @@ def test_eight_kills_change_nothing(lab: Any, straight: Path, tmp_path: Path, ca
 def test_over_fifty_kills_change_nothing(
     lab: Any, tmp_path: Path, capsys: Any, nproc: int, times: int, kinds: list[str]
 ) -> None:
-    steps = {"steps_per_epoch": 200, "eval_freq": 20}
+    steps = {"steps_per_epoch": 140, "eval_freq": 20}
     straight, run = tmp_path / "straight" / "tiny", tmp_path / "soak" / "tiny"
-    lab.train(lab.flags(straight.parent, **steps, checkpoint_freq=0), nproc)
+    lab.train(lab.flags(straight.parent, **steps, checkpoint_freq=0), nproc, LONGEST_RUN_S)
     soak = Soak(lab, run, lab.flags(run.parent, **steps), nproc, seed=nproc)
     order = kinds * times
     soak.random.shuffle(order)
     soak.go(order, max_steps_between=6)
-    lab.assert_same_run(run, straight, max_steps=400)
+    lab.assert_same_run(run, straight, max_steps=280)
     with capsys.disabled():
         print(f"\n{soak.summary()}")
