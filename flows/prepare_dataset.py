@@ -10,6 +10,7 @@ from flows.task_runners import task_runner
 from gpt2core.config import DataConfig, RunnerConfig
 from gpt2core.records import Stage
 from tasks.prepare_dataset import assemble_shards, list_source, tokenize_file
+from tasks.stage_process import stages_stopped_on_the_way_out
 
 
 @flow(name="prepare-dataset", flow_run_name="prepare-dataset ({data.data_dir})")
@@ -27,6 +28,7 @@ def prepare_dataset(data: DataConfig = DataConfig(), runner: RunnerConfig = Runn
 @flow(name="tokenize-files", flow_run_name="tokenize-files ({data.data_dir})")
 def tokenize_files(data: DataConfig, files: list[str]) -> None:
     """One task run a file; one that fails for good does not stop the others."""
-    runs = tokenize_file.map(unmapped(data), files)
-    runs.wait()
-    runs.result()
+    with stages_stopped_on_the_way_out():
+        runs = tokenize_file.map(unmapped(data), files)
+        runs.wait()
+        runs.result()

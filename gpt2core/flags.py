@@ -110,6 +110,8 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(main() or 0)
     except ValidationError as error:
         _fail(first_error(error))
+    except KeyboardInterrupt:
+        sys.exit(130)  # Ctrl+C: 128 + SIGINT
     except BrokenPipeError:
         sys.exit(141)  # the reader of our output went away, as `| head` does: 128 + SIGPIPE
     except (ValueError, OSError, FloatingPointError) as error:

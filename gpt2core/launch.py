@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from threading import Event
 from typing import Literal
 
 STARTED_BY = "GPT2_STARTED_BY"  # process id of the launcher, for die_with_parent
@@ -21,6 +22,10 @@ GRACE_S = 30.0  # time to save a checkpoint after SIGTERM, before SIGKILL; torch
 # glibc gives big blocks back to the kernel and faults them in anew each time; the logits of every micro-step are such
 # blocks, and on the CPU that took nearly half the time (tests/benchmarks/cpu_malloc.py).
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(8 << 30), "MALLOC_TOP_PAD_": str(256 << 20)}
+
+
+_running: set[subprocess.Popen[str]] = set()
+_stopping = Event()
 
 
 def num_processes(wanted: int | Literal["auto"], device: str) -> int:
@@ -70,13 +75,35 @@ def run(command: list[str], on_line: Callable[[str], None] = print, nproc: int =
         start_new_session=True,  # Ctrl+C reaches it through us, once
     )
     assert process.stdout is not None
+    _running.add(process)
     try:
+        if _stopping.is_set():  # between a look at it and the start
+            process.terminate()
         for line in process.stdout:
             on_line(line.rstrip("\n"))
         return process.wait()
     except BaseException:
         stop(process, on_line)
         raise
+    finally:
+        _running.discard(process)
+
+
+def stop_all() -> None:
+    """Asks every process that `run` waits for, in any thread, to end; none is worth starting again."""
+    _stopping.set()
+    for process in list(_running):
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+
+
+def allow_starts() -> None:
+    """Takes back what `stop_all` said, for work that begins after it."""
+    _stopping.clear()
+
+
+def is_stopping() -> bool:
+    return _stopping.is_set()
 
 
 def stop(process: subprocess.Popen[str], on_line: Callable[[str], None] = print) -> int:
@@ -115,6 +142,15 @@ def run_in_foreground(command: list[str], nproc: int) -> int:
         return run(command, tell, nproc)
     except KeyboardInterrupt:
         return 0
+
+
+def exit_on_sigterm() -> None:
+    """Lets SIGTERM unwind the stack, as Ctrl+C does, so that what was started is ended and nothing is left behind."""
+
+    def leave(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def tell(line: str) -> None:

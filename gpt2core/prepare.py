@@ -16,13 +16,14 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from datetime import timedelta
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -32,7 +33,7 @@ from pydantic import BaseModel, ConfigDict
 from gpt2core import lock
 from gpt2core.config import DataConfig
 from gpt2core.flags import Parser, add_settings, main_guard
-from gpt2core.launch import die_with_parent, tell, tie_to_parent
+from gpt2core.launch import die_with_parent, exit_on_sigterm, tell, tie_to_parent
 from gpt2core.shards import MANIFEST, SHARD_NAME, Manifest, ShardRecord, SourceRecord, read_manifest, shard_name
 from gpt2core.sources import (
     DAMAGE_LISTED,
@@ -118,8 +119,6 @@ def prepare(data: DataConfig, progress: Progress = print) -> Manifest:
     Raises ValueError when the source or the folder will not do, SourceError when the source cannot be reached.
     """
     manifest = complete(data)
-    if manifest is None:
-        begin(data)
     if manifest is None or exists(join(data.data_dir, PARTS)):
         with _folder_lock(data, progress):
             manifest = complete(data) or _make(data, progress)
@@ -129,7 +128,7 @@ def prepare(data: DataConfig, progress: Progress = print) -> Manifest:
 
 
 def _make(data: DataConfig, progress: Progress) -> Manifest:
-    plan = read_plan(data) or begin(data)
+    plan = _begin(data)
     try:
         return assemble(data, plan, _tokenize(data, plan.files, progress), progress)
     except FileNotFoundError:
@@ -142,12 +141,13 @@ def _make(data: DataConfig, progress: Progress) -> Manifest:
 def prepare_file(data: DataConfig, url: str, progress: Progress = print) -> SourceRecord:
     """The part of `prepare` that concerns one file of a plan that was begun; several may run at once."""
     with _folder_lock(data, progress, shared=True):
-        if manifest := complete(data):
-            return next(source for source in manifest.sources if source.url == url)
+        if record := read_record(data, url):
+            return record
         plan = read_plan(data)
-        if plan is None:
-            raise ValueError(f"{data.data_dir}: nothing was begun there; run `gpt2 prepare` without a single file")
-        return _tokenize(data, [file for file in plan.files if file.url == url], progress)[0].record
+        files = [file for file in plan.files if file.url == url] if plan else []
+        if not files:
+            raise ValueError(f"{data.data_dir}: no dataset that was begun there has a file {url}")
+        return _tokenize(data, files, progress)[0].record
 
 
 @contextmanager
@@ -160,8 +160,13 @@ def _folder_lock(data: DataConfig, progress: Progress, shared: bool = False) -> 
     def on_wait(holder: str) -> None:
         progress(f"{data.data_dir} is being prepared by {holder}; waiting for it to end")
 
-    with lock.hold(local_path(data.data_dir) / lock.LOCK_FILE, shared=shared, on_wait=on_wait):
-        yield
+    folder = local_path(data.data_dir)
+    with lock.hold(folder / lock.LOCK_FILE, shared=shared, on_wait=on_wait):
+        try:
+            yield
+        finally:
+            if [path.name for path in folder.iterdir()] == [lock.LOCK_FILE]:  # what was refused leaves no trace
+                shutil.rmtree(folder)
 
 
 def describe(manifest: Manifest) -> str:
@@ -206,7 +211,15 @@ def read_plan(data: DataConfig) -> Plan | None:
     return Plan.model_validate_json(read_text(plan)) if exists(plan) else None
 
 
-def begin(data: DataConfig) -> Plan:
+def begin(data: DataConfig, progress: Progress = print) -> Plan | None:
+    """Lists the source for `prepare_file`; None when the dataset is complete. Raises as `prepare` does."""
+    if complete(data):
+        return None
+    with _folder_lock(data, progress):
+        return None if complete(data) else _begin(data)
+
+
+def _begin(data: DataConfig) -> Plan:
     """Lists the source and writes down what is to be made of it.
 
     A hub dataset half made goes on with the commit it was begun with. Raises ValueError when the folder holds
@@ -231,6 +244,9 @@ def begin(data: DataConfig) -> Plan:
 
 
 def _write_plan(data: DataConfig, plan: Plan) -> Plan:
+    if not is_remote(data.data_dir):
+        for left_over in local_path(data.data_dir).rglob(".*.tmp"):  # by processes that were killed
+            left_over.unlink(missing_ok=True)
     write_text(_part(data, PLAN), plan.model_dump_json(indent=2))
     return plan
 
@@ -265,7 +281,7 @@ def _part(data: DataConfig, name: str) -> str:
 
 def _key(data: DataConfig, file: SourceFile, span: Span | None = None) -> str:
     """Name of what a file or a span of it becomes: other content, other name."""
-    of = [file.url, file.size_bytes, data.text_column, VOCAB_BPE_SHA256]
+    of = [file.url, file.size_bytes, file.version, data.text_column, VOCAB_BPE_SHA256]
     return hashlib.sha256(json.dumps(of + ([span.start, span.end] if span else [])).encode()).hexdigest()[:24]
 
 
@@ -411,9 +427,10 @@ def _outcomes(data: DataConfig, todo: list[Span], lost: set[SourceFile]) -> Iter
             if span.file not in lost:
                 yield span, _tokenize_or_error(data, span)
         return
+    others = set(active_children())
     # spawn, not fork: the caller may hold threads (Prefect's, fsspec's) that a fork would freeze
     with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=tie_to_parent, initargs=(os.getpid(),)
+        workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(os.getpid(),)
     ) as pool:
         try:
             futures = {pool.submit(_tokenize_or_error, data, span): span for span in todo}
@@ -430,7 +447,15 @@ def _outcomes(data: DataConfig, todo: list[Span], lost: set[SourceFile]) -> Iter
             ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(active_children()) - others:  # a part appears whole or not at all
+                process.terminate()
             raise
+
+
+def _start_worker(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches all of a terminal's processes; the parent ends us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    tie_to_parent(parent)
 
 
 def _tokenize_or_error(data: DataConfig, span: Span) -> Part | ValueError | OSError:
@@ -471,11 +496,12 @@ def _write_documents(file: IO[bytes], data: DataConfig, span: Span, damage: Dama
                 tokens += ids.size
         except (DamagedDocumentError, UncuttableTextError) as error:
             damage.found(str(error))
-            tokens, empty = 0, empty - 1
+            tokens = 0
+        else:
+            empty += tokens == 0
         if tokens:
             count, position = count + 1, position + 2 * (1 + tokens)
         else:  # neither an empty document nor a damaged one leaves a trace
-            empty += 1
             file.seek(position)
             file.truncate()
     return Part(
@@ -613,8 +639,9 @@ def _blocks(run: list[_Extent]) -> Iterator[bytes]:
 
 def _make_room(folder: Path, tokens: int) -> None:
     """Removes what an attempt that died here left, and makes sure of room for the shards."""
-    for left_over in [*folder.glob("*.npy"), *folder.glob(".*.npy.*.tmp")]:
-        left_over.unlink()
+    for path in folder.iterdir():
+        if SHARD_NAME.match(path.name):
+            path.unlink()
     free, needed = shutil.disk_usage(folder).free, 2 * tokens
     if free < needed:
         raise OSError(
@@ -623,6 +650,7 @@ def _make_room(folder: Path, tokens: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    exit_on_sigterm()
     die_with_parent()
     parser = Parser(prog="gpt2core.prepare", description=(__doc__ or "").splitlines()[0])
     add_settings(parser, DataConfig)

@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 from pydantic import BaseModel, ConfigDict
 
 from gpt2core.config import DataConfig
-from gpt2core.storage import UnreachableError, first_line, is_gone, is_remote, remote_error
+from gpt2core.storage import UnreachableError, first_line, is_gone, is_remote, local_path, remote_error
 
 if TYPE_CHECKING:
     import pyarrow
@@ -48,6 +48,7 @@ class SourceFile(BaseModel):
 
     url: str
     size_bytes: int
+    version: str | None = None  # its ETag or its time of change; a hub file's is its commit, in its URL
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,9 @@ def list_sources(data: DataConfig) -> tuple[list[SourceFile], str | None]:
 
     Raises ValueError when there are none or they are of no known kind, SourceError when the hub cannot be reached.
     """
-    files, revision = _hub_files(data) if is_hub_dataset(data.source) else (_matching_files(data.source), None)
+    files, revision = (
+        _hub_files(data) if is_hub_dataset(data.source) else (_matching_files(data.source, data.data_dir), None)
+    )
     for file in files:
         _format(file.url)
     return files, revision
@@ -134,7 +137,7 @@ def _listed_sizes(urls: list[str]) -> dict[str, int]:
     return sizes
 
 
-def _matching_files(source: str) -> list[SourceFile]:
+def _matching_files(source: str, data_dir: str) -> list[SourceFile]:
     import fsspec
 
     try:
@@ -145,11 +148,14 @@ def _matching_files(source: str) -> list[SourceFile]:
         else:
             found = filesystem.ls(path, detail=False) if filesystem.isdir(path) else filesystem.glob(path)
             names = [name for name in sorted(found) if _ending(name) in FORMATS and filesystem.isfile(name)]
-        sizes = [filesystem.size(name) for name in names]
-        if None in sizes:
+            if not is_remote(source):  # a ** may reach what we make
+                own = Path(data_dir).resolve()
+                names = [name for name in names if own not in Path(name).resolve().parents]
+        infos = [filesystem.info(name) for name in names]
+        if any(info["size"] is None for info in infos):
             raise ValueError("its server does not tell its size")
     except FileNotFoundError:
-        names, sizes = [], []
+        names, infos = [], []
     except Exception as error:
         raise remote_error(f"source {source}", error) from None
     if not names:
@@ -160,14 +166,24 @@ def _matching_files(source: str) -> list[SourceFile]:
         )
         raise ValueError(f"source {source}: {kind}; give a path, a glob or an fsspec URL")
     urls = [filesystem.unstrip_protocol(name) if "://" in source else name for name in names]
-    if empty := [url for url, size in zip(urls, sizes, strict=True) if size == 0]:
+    files = [
+        SourceFile(url=url, size_bytes=info["size"], version=_version(info))
+        for url, info in zip(urls, infos, strict=True)
+    ]
+    if empty := [file.url for file in files if file.size_bytes == 0]:
         raise ValueError(f"source {empty[0]} is empty: there is no text in it")
-    return [SourceFile(url=url, size_bytes=size) for url, size in zip(urls, sizes, strict=True)]
+    return files
+
+
+def _version(info: dict[str, Any]) -> str | None:
+    """What tells a file from another one of its name and size; the file systems of fsspec each have a name for it."""
+    names = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated")
+    return next((str(info[name]) for name in names if info.get(name)), None)
 
 
 def _ending(url: str) -> str:
     path = Path(url)
-    return Path(path.stem).suffix if path.suffix in COMPRESSION else path.suffix
+    return (Path(path.stem).suffix if path.suffix in COMPRESSION else path.suffix).lower()
 
 
 def _format(url: str) -> str:
@@ -219,6 +235,8 @@ def _parquet_metadata(file: SourceFile, text_column: str) -> Any:
             _raise_if_lost(error, file)
             raise ValueError(f"source {file.url} is not a whole parquet file: {first_line(error)}") from None
     schema = opened.schema_arrow
+    if schema.names.count(text_column) > 1:
+        raise ValueError(f"source {file.url} has several columns '{text_column}'")
     if text_column not in schema.names:
         raise ValueError(f"source {file.url} {_no_column(text_column, schema.names)}")
     kind = schema.field(text_column).type
@@ -271,7 +289,8 @@ def _parquet_documents(stream: IO[bytes], span: Span, text_column: str, damage: 
     damage.here = lambda: f"{span.file.url}, row {row}"
     for group in range(span.start, span.end):
         rows = metadata.row_group(group).num_rows
-        batch_size = max(1, min(1024, rows * BATCH_BYTES // max(1, metadata.row_group(group).total_byte_size)))
+        # a dictionary-encoded column may be far larger than its chunk, so a batch is never many rows
+        batch_size = max(1, min(64, rows * BATCH_BYTES // max(1, metadata.row_group(group).total_byte_size)))
         batches = opened.iter_batches(batch_size, row_groups=[group], columns=[text_column])
         next_group = row + rows
         while row < next_group:
@@ -388,16 +407,23 @@ def _open(file: SourceFile) -> Any:
     import fsspec
 
     try:
-        filesystem, path = fsspec.url_to_fs(file.url)
-        size = filesystem.size(path)
+        # a local name may hold what fsspec reads as a chain of protocols
+        if is_remote(file.url):
+            filesystem, path = fsspec.url_to_fs(file.url)
+        else:
+            filesystem, path = fsspec.filesystem("file"), str(local_path(file.url))
+        info = filesystem.info(path)
         if file.url.endswith(COMPRESSION):  # buffered, for zstandard's own reader knows no lines
             opened = io.BufferedReader(filesystem.open(path, "rb", compression="infer"))
         else:
             opened = filesystem.open(path, "rb")
     except Exception as error:
         _lost(error, file)
-    if size != file.size_bytes:
-        raise SourceError(f"source {file.url} changed: it had {file.size_bytes:,} bytes when this began, now {size:,}")
+    if info["size"] != file.size_bytes or (file.version and _version(info) != file.version):
+        raise SourceError(
+            f"source {file.url} changed: it had {file.size_bytes:,} bytes when this began, now {info['size']:,}, "
+            f"and is of another time; run again to make its part anew"
+        )
     return opened
 
 

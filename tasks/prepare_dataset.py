@@ -5,6 +5,7 @@ from __future__ import annotations
 from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
 from prefect.runtime import task_run
 from prefect.tasks import exponential_backoff
 
@@ -13,7 +14,7 @@ from gpt2core.flags import as_flags
 from gpt2core.prepare import begin, complete, describe, is_ready_made, read_progress, read_record
 from gpt2core.shards import Manifest, SourceRecord, read_manifest
 from tasks.artifacts import LiveProgress, artifact_key
-from tasks.stage_process import StageError, run_stage, worth_a_retry
+from tasks.stage_process import StageError, die_with_the_flow, run_stage, worth_a_retry
 
 RETRIES = {  # of a source that cannot be reached, or a process that was killed
     "retries": 5,
@@ -27,14 +28,14 @@ RETRIES = {  # of a source that cannot be reached, or a process that was killed
 @task(name="list-source", task_run_name="list-source ({data.source})", **RETRIES)
 def list_source(data: DataConfig) -> list[str]:
     """URLs of the files to tokenize: none when the dataset is complete, or consists of shards made elsewhere."""
-    if is_ready_made(data) or complete(data):
-        return []
-    return [file.url for file in begin(data).files]
+    plan = None if is_ready_made(data) else begin(data, get_run_logger().info)
+    return [file.url for file in plan.files] if plan else []
 
 
 @task(name="tokenize-file", task_run_name=lambda: f"tokenize {_file_name()}", **RETRIES)
 def tokenize_file(data: DataConfig, url: str) -> SourceRecord:
     """Tokenizes what is missing of one file; its progress and rate are live in the UI."""
+    die_with_the_flow()
     bar = LiveProgress(artifact_key("tokenize", url[-80:]), f"tokenize {url}")
 
     def look() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from prefect.logging import get_run_logger
@@ -31,7 +33,31 @@ class StageRefusedError(ValueError):
 def worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
     """A crash is; a ValueError says that the configuration or the data is wrong, and no retry cures that."""
     failure = state.result(raise_on_failure=False)
-    return not isinstance(failure, ValueError)
+    return not isinstance(failure, ValueError) and not launch.is_stopping()
+
+
+def die_with_the_flow() -> None:
+    """In a process of a process pool: asks for SIGTERM when the flow's process dies."""
+    if parent := multiprocessing.parent_process():
+        launch.tie_to_parent(parent.pid or 0)
+
+
+@contextmanager
+def stages_stopped_on_the_way_out() -> Iterator[None]:
+    """Ends the processes of the stages in other threads and pools when a cancel or Ctrl+C ends the block.
+
+    Prefect waits for its task runners' tasks, and those for their processes.
+    """
+    launch.allow_starts()
+    try:
+        yield
+    except Exception:
+        raise  # of a task that failed; the others have ended, too
+    except BaseException:
+        launch.stop_all()
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
 
 
 def run_stage(module: str, arguments: list[str], nproc: int = 1, look: Callable[[], None] | None = None) -> None:

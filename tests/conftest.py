@@ -155,6 +155,7 @@ class Lab:
     steps_per_epoch, max_steps = STEPS_PER_EPOCH, MAX_STEPS
     wait_until = staticmethod(wait_until)
     is_alive = staticmethod(is_alive)
+    descendants = staticmethod(descendants)
     metrics = staticmethod(metrics)
     logged = staticmethod(logged)
 

@@ -469,6 +469,79 @@ def test_a_file_that_vanishes_is_named_and_the_rest_goes_on(corpus, dataset, tmp
     assert all_tokens(tmp_path / "out").tolist() == all_tokens(dataset).tolist()
 
 
+def test_a_file_of_the_same_size_and_other_content_is_made_anew(tmp_path):
+    sources = tmp_path / "texts"
+    sources.mkdir()
+    for name, word in [("a", "apple"), ("b", "peach")]:
+        write_jsonl(sources / f"{name}.jsonl", [{"text": f" {word}" * 700}] * 3)
+    data = config(tmp_path / "out", sources)
+    prepare_file(data, begin(data).files[0].url, quiet)
+    write_jsonl(sources / "a.jsonl", [{"text": " melon" * 700}] * 3)
+    make(tmp_path / "out", sources)
+    np.testing.assert_array_equal(
+        all_tokens(tmp_path / "out"), expected_tokens([" melon" * 700] * 3 + [" peach" * 700] * 3)
+    )
+
+
+def test_other_files_in_the_folder_stay(corpus, tmp_path):
+    np.save(tmp_path / "my_embeddings.npy", np.arange(3))
+    make(tmp_path, corpus)
+    assert np.load(tmp_path / "my_embeddings.npy").tolist() == [0, 1, 2]
+
+
+def test_a_source_that_reaches_into_the_dataset_takes_nothing_of_it(corpus, dataset, tmp_path):
+    for path in corpus.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    data = config(tmp_path / "dataset", f"{tmp_path}/**/*.json*")
+    prepare_file(data, begin(data).files[0].url, quiet)
+    make(tmp_path / "dataset", f"{tmp_path}/**/*.json*")
+    assert all_tokens(tmp_path / "dataset").tolist() == all_tokens(dataset).tolist()
+
+
+def test_what_killed_processes_left_goes_when_the_next_begins(corpus, tmp_path):
+    data = config(tmp_path, corpus)
+    begin(data)
+    left_over = tmp_path / ".parts" / ".0123.tokens.host.99999999.tmp"
+    left_over.write_bytes(b"half")
+    begin(data)
+    assert not left_over.exists()
+
+
+def test_a_second_run_with_other_options_does_not_touch_the_first(corpus, tmp_path):
+    data = config(tmp_path, corpus)
+    prepare_file(data, begin(data).files[0].url, quiet)
+    plan = (tmp_path / ".parts" / "plan.json").read_bytes()
+    with lock.hold(tmp_path / ".lock"):
+        process = subprocess.Popen(
+            [*command(tmp_path, corpus, 1), "--text_column=body"],
+            cwd=REPO,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        assert "is being prepared by process" in process.stdout.readline()
+        assert (tmp_path / ".parts" / "plan.json").read_bytes() == plan
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "text_column: text there, body wanted" in errors
+    assert (tmp_path / ".parts" / "plan.json").read_bytes() == plan
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_without_a_traceback_and_the_next_goes_on(dataset, corpus, tmp_path, number):
+    process = subprocess.Popen(
+        command(tmp_path, corpus, 2), cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("[1/10]")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (128 + number, 0)  # 0 when it was done before
+    assert "Traceback" not in errors
+    make(tmp_path, corpus)
+    assert contents(tmp_path) == contents(dataset)
+
+
 def test_what_is_skipped_is_counted_in_the_manifest_and_said(tmp_path):
     texts = documents(8)
     write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts[:4]] + [{"text": 1}] + [{"text": texts[4]}])

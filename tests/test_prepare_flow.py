@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import TaskRun
+from prefect.settings import PREFECT_API_URL
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.prepare_dataset import prepare_dataset, tokenize_files
@@ -19,7 +26,8 @@ from gpt2core.records import Stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-SHAKESPEARE = Path(__file__).parents[1] / "data" / "sample" / "tinyshakespeare.txt"
+REPOSITORY = Path(__file__).parents[1]
+SHAKESPEARE = REPOSITORY / "data" / "sample" / "tinyshakespeare.txt"
 FILES = 3
 
 
@@ -95,7 +103,9 @@ def test_a_file_refused_fails_alone_and_at_once(tmp_path: Path, corpus: Path) ->
 
 def test_a_file_that_went_away_and_came_back_is_retried(tmp_path: Path, corpus: Path) -> None:
     data = config(tmp_path / "flow", corpus)
-    files = [file.url for file in begin(data).files]
+    plan = begin(data)
+    assert plan
+    files = [file.url for file in plan.files]
     away, over = tmp_path / "away", threading.Event()
     (corpus / "part-1.jsonl").rename(away)
 
@@ -115,3 +125,36 @@ def test_a_file_that_went_away_and_came_back_is_retried(tmp_path: Path, corpus: 
         thread.join()
     counts = {name: run.run_count for name, run in tokenize_runs(tmp_path / "flow").items()}
     assert counts == {"tokenize part-0.jsonl": 1, "tokenize part-1.jsonl": 2, "tokenize part-2.jsonl": 1}
+
+
+@pytest.mark.parametrize("runner", ["threads", "processes"])
+def test_a_cancel_in_the_middle_of_a_file_ends_the_flow_and_its_processes(
+    lab: Any, tmp_path: Path, corpus: Path, runner: str
+) -> None:
+    row = json.dumps({"text": SHAKESPEARE.read_text(encoding="utf-8")[:100_000]}) + "\n"
+    for path in corpus.iterdir():
+        path.write_text(row * 1500, encoding="utf-8")  # minutes of work in all
+    folder = tmp_path / "flow"
+    code = (
+        f"from flows.prepare_dataset import *; "
+        f"prepare_dataset(DataConfig(data_dir={str(folder)!r}, source={str(corpus)!r}), "
+        f"RunnerConfig(task_runner={runner!r}))"
+    )
+    environment = lab.environment() | {"PREFECT_API_URL": PREFECT_API_URL.value()}
+    with (tmp_path / "output").open("wb") as output:
+        flow = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        lab.wait_until(lambda: list((folder / ".parts").glob("*.tokens")), "the first part")
+        processes = lab.descendants(flow.pid)
+        assert processes
+        flow.send_signal(signal.SIGTERM)
+        flow.wait(60)
+        lab.wait_until(lambda: not any(lab.is_alive(pid) for pid in processes), "its processes to end")
+        assert len(list((folder / ".parts").glob("*.tokens"))) < 12  # of 15: they ended, and not because they were done
+    finally:
+        for pid in [flow.pid, *lab.descendants(flow.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        flow.wait()

@@ -234,6 +234,21 @@ def test_a_column_that_holds_no_text_is_refused_with_its_type(tmp_path):
         read(tmp_path / "a.parquet")
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet has several columns 'text'"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_name_that_looks_like_a_chain_of_protocols_is_a_name(tmp_path):
+    path = tmp_path / "x::y.TXT"
+    path.write_text("one document")
+    assert flat(read(path)) == ["one document"]
+    (found,) = list_sources(DataConfig(source=str(tmp_path)))[0]
+    assert found.url == str(path)
+
+
 def test_what_is_no_parquet_is_refused_by_name(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and then nothing of the kind")
     with pytest.raises(ValueError, match=r"a\.parquet is not a whole parquet file"):
