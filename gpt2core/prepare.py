@@ -9,65 +9,33 @@ other file names and counts, never documents or tokens.
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import io
-import itertools
-import json
 import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import active_children, get_context
-from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from gpt2core import lock
 from gpt2core.config import DataConfig
 from gpt2core.flags import Parser, add_settings, main_guard
 from gpt2core.launch import die_with_parent, exit_on_sigterm, tell, tie_to_parent
-from gpt2core.shards import MANIFEST, SHARD_NAME, Manifest, ShardRecord, SourceRecord, read_manifest, shard_name
-from gpt2core.sources import (
-    DAMAGE_LISTED,
-    Damage,
-    DamagedDocumentError,
-    Document,
-    SourceError,
-    SourceFile,
-    Span,
-    documents,
-    list_sources,
-    spans,
-)
-from gpt2core.storage import (
-    exists,
-    file_sizes,
-    is_remote,
-    join,
-    local_path,
-    publish,
-    read_bytes,
-    read_text,
-    remove,
-    write_text,
-)
-from gpt2core.tokenizer import EOT, PIECE_CHARACTERS, VOCAB_BPE_SHA256, Encode, UncuttableTextError, encoder, pieces
+from gpt2core.parts import NO_SPACE, PARTS, Part, disk_full, part_file, part_key, tokenize_span
+from gpt2core.shard_writer import Extent, write_shards
+from gpt2core.shards import MANIFEST, SHARD_NAME, Manifest, SourceRecord, read_manifest
+from gpt2core.sources import DAMAGE_LISTED, SourceError, SourceFile, Span, list_sources, spans
+from gpt2core.storage import exists, file_sizes, is_remote, join, local_path, read_text, remove, write_text
+from gpt2core.tokenizer import EOT, VOCAB_BPE_SHA256
 
-PARTS = ".parts"  # folder of the parts, gone once the manifest is written
 PLAN = "plan.json"
-EOT_BYTES = np.uint16(EOT).tobytes()
-COPY_BYTES = 16 << 20
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SECONDS_BETWEEN_LINES = 2.0
-DOCUMENTS_CHECKED = 16  # of each span, encoded by both libraries when it is not tiktoken's own
 
 Progress = Callable[[str], None]
 
@@ -80,18 +48,6 @@ class Plan(BaseModel):
     options: dict[str, Any]
     revision: str | None
     files: list[SourceFile]
-
-
-class Part(BaseModel):
-    """The record of a tokenized span, written after its tokens."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    documents: int
-    tokens: int
-    empty_documents: int
-    damaged_documents: int
-    damage: list[str]
 
 
 class Tokenized(BaseModel):
@@ -130,7 +86,7 @@ def prepare(data: DataConfig, progress: Progress = print) -> Manifest:
 def _make(data: DataConfig, progress: Progress) -> Manifest:
     plan = _begin(data)
     try:
-        return assemble(data, plan, _tokenize(data, plan.files, progress), progress)
+        return _assemble(data, plan, _tokenize(data, plan.files, progress), progress)
     except FileNotFoundError:
         # remote storage knows no locks: another run may have finished, and removed the parts that we read
         if manifest := complete(data):
@@ -207,7 +163,7 @@ def is_ready_made(data: DataConfig) -> bool:
 
 def read_plan(data: DataConfig) -> Plan | None:
     """The plan of a dataset half made, None where nothing was begun."""
-    plan = _part(data, PLAN)
+    plan = part_file(data, PLAN)
     return Plan.model_validate_json(read_text(plan)) if exists(plan) else None
 
 
@@ -247,7 +203,7 @@ def _write_plan(data: DataConfig, plan: Plan) -> Plan:
     if not is_remote(data.data_dir):
         for left_over in local_path(data.data_dir).rglob(".*.tmp"):  # by processes that were killed
             left_over.unlink(missing_ok=True)
-    write_text(_part(data, PLAN), plan.model_dump_json(indent=2))
+    write_text(part_file(data, PLAN), plan.model_dump_json(indent=2))
     return plan
 
 
@@ -273,16 +229,6 @@ def _difference(there: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
-
-
-def _part(data: DataConfig, name: str) -> str:
-    return join(join(data.data_dir, PARTS), name)
-
-
-def _key(data: DataConfig, file: SourceFile, span: Span | None = None) -> str:
-    """Name of what a file or a span of it becomes: other content, other name."""
-    of = [file.url, file.size_bytes, file.version, data.text_column, VOCAB_BPE_SHA256]
-    return hashlib.sha256(json.dumps(of + ([span.start, span.end] if span else [])).encode()).hexdigest()[:24]
 
 
 def _tokenize(data: DataConfig, files: list[SourceFile], progress: Progress) -> list[Tokenized]:
@@ -338,7 +284,7 @@ def _spans_or_error(data: DataConfig, file: SourceFile) -> list[Span] | ValueErr
 
 
 def _read_tokenized(data: DataConfig, file: SourceFile) -> Tokenized | None:
-    path = _part(data, f"{_key(data, file)}.json")
+    path = part_file(data, f"{part_key(data, file)}.json")
     if not exists(path):
         return None
     tokenized = Tokenized.model_validate_json(read_text(path))
@@ -365,9 +311,9 @@ def _write_tokenized(data: DataConfig, file: SourceFile, parts: dict[Span, Part]
         damaged_documents=sum(part.damaged_documents for part in parts.values()),
         damage=[place for part in parts.values() for place in part.damage][:DAMAGE_LISTED],
     )
-    keys = [_key(data, file, span) for span in parts]
+    keys = [part_key(data, file, span) for span in parts]
     tokenized = Tokenized(parts=keys, tokens_of_parts=[part.tokens for part in parts.values()], record=record)
-    write_text(_part(data, f"{_key(data, file)}.json"), tokenized.model_dump_json())
+    write_text(part_file(data, f"{part_key(data, file)}.json"), tokenized.model_dump_json())
     return tokenized
 
 
@@ -396,14 +342,14 @@ class _Tally:
         rate = self.tokens / seconds
         self.progress(f"tokenized {fraction:.1%}: {self.tokens:,} tokens, {rate:,.0f} tokens/s, {left} left")
         written = FileProgress(fraction=fraction, tokens=self.tokens, tokens_per_sec=rate)
-        write_text(_part(self.data, f"{_key(self.data, span.file)}.progress.json"), written.model_dump_json())
+        write_text(part_file(self.data, f"{part_key(self.data, span.file)}.progress.json"), written.model_dump_json())
 
 
 def read_progress(data: DataConfig, url: str) -> FileProgress | None:
     """How far `prepare_file` is, None while there is nothing to say."""
     plan = read_plan(data)
     file = next((file for file in plan.files if file.url == url), None) if plan else None
-    written = _part(data, f"{_key(data, file)}.progress.json") if file else None
+    written = part_file(data, f"{part_key(data, file)}.progress.json") if file else None
     return FileProgress.model_validate_json(read_text(written)) if written and exists(written) else None
 
 
@@ -414,10 +360,11 @@ def _work_on(data: DataConfig, todo: list[Span]) -> Iterator[tuple[Span, Part | 
     """
     lost: set[SourceFile] = set()
     for span, outcome in _outcomes(data, todo, lost):
-        if span.file not in lost:
-            yield span, outcome
         if isinstance(outcome, SourceError):
+            if span.file in lost:
+                continue
             lost.add(span.file)
+        yield span, outcome
 
 
 def _outcomes(data: DataConfig, todo: list[Span], lost: set[SourceFile]) -> Iterator[tuple[Span, Part | Exception]]:
@@ -465,95 +412,16 @@ def _tokenize_or_error(data: DataConfig, span: Span) -> Part | ValueError | OSEr
         return error
 
 
-def tokenize_span(data: DataConfig, span: Span) -> Part:
-    """Writes one span's tokens as a part, each document preceded by EOT; returns at once when that is done."""
-    key = _key(data, span.file, span)
-    record, skip = _part(data, f"{key}.json"), data.on_damage == "skip"
-    if exists(record):
-        part = Part.model_validate_json(read_text(record))
-        if skip or not part.damaged_documents:
-            return part
-    damage = Damage(skip)
-    try:
-        with publish(_part(data, f"{key}.tokens")) as file:
-            part = _write_documents(file, data, span, damage)
-        write_text(record, part.model_dump_json())
-    except OSError as error:
-        raise _disk_full(data.data_dir, error) if error.errno in NO_SPACE else error from None
-    return part
-
-
-def _write_documents(file: IO[bytes], data: DataConfig, span: Span, damage: Damage) -> Part:
-    encode = _encoder(data)
-    count = empty = position = 0
-    for document in documents(span, data.text_column, damage):
-        tokens = 0
-        file.write(EOT_BYTES)
-        try:
-            for text in pieces(_chunks(document)):
-                ids = encode(text)
-                file.write(ids.data)
-                tokens += ids.size
-        except (DamagedDocumentError, UncuttableTextError) as error:
-            damage.found(str(error))
-            tokens = 0
-        else:
-            empty += tokens == 0
-        if tokens:
-            count, position = count + 1, position + 2 * (1 + tokens)
-        else:  # neither an empty document nor a damaged one leaves a trace
-            file.seek(position)
-            file.truncate()
-    return Part(
-        documents=count,
-        tokens=position // 2,
-        empty_documents=empty,
-        damaged_documents=damage.documents,
-        damage=damage.places,
-    )
-
-
-def _chunks(document: Document) -> Iterable[str]:
-    if not isinstance(document, str):
-        return document
-    if len(document) <= PIECE_CHARACTERS:
-        return (document,)
-    return (document[at : at + PIECE_CHARACTERS] for at in range(0, len(document), PIECE_CHARACTERS))
-
-
-def _encoder(data: DataConfig) -> Encode:
-    """The library that was asked for; another than tiktoken has to agree with it on the first documents of each span."""
-    tiktoken = encoder()
-    if data.encoder == "tiktoken":
-        return tiktoken
-    other, unchecked = encoder(data.encoder), DOCUMENTS_CHECKED
-
-    def encode(text: str) -> np.ndarray:
-        nonlocal unchecked
-        ids = other(text)
-        if unchecked:
-            unchecked -= 1
-            if not np.array_equal(ids, tiktoken(text)):
-                raise ValueError(f"{data.encoder} gives other tokens than tiktoken: use --encoder tiktoken")
-        return ids
-
-    return encode
-
-
-def _disk_full(folder: str, error: OSError) -> OSError:
-    return OSError(f"{folder}: {error.strerror}; what is finished stays: make room and run again to go on")
-
-
 # --- shards ----------------------------------------------------------------------------------------------------------
 
 
-def assemble(data: DataConfig, plan: Plan, files: list[Tokenized], progress: Progress = print) -> Manifest:
+def _assemble(data: DataConfig, plan: Plan, files: list[Tokenized], progress: Progress) -> Manifest:
     """Cuts the parts, in source order, into shards of shard_size tokens, and writes the manifest last.
 
     Raises ValueError when the text gives no train shard beside the validation shard, OSError when the disk is full.
     """
     parts = [
-        _Extent(_part(data, f"{key}.tokens"), tokens)
+        Extent(part_file(data, f"{key}.tokens"), tokens)
         for file in files
         for key, tokens in zip(file.parts, file.tokens_of_parts, strict=True)
     ]
@@ -563,16 +431,10 @@ def assemble(data: DataConfig, plan: Plan, files: list[Tokenized], progress: Pro
             f"source {data.source} gives {total:,} tokens, and the first shard_size {data.shard_size:,} are for validation: "
             f"none are left to train on; give more text or a smaller --shard_size"
         )
-    if not is_remote(data.data_dir):
-        _make_room(local_path(data.data_dir), total)
     try:
-        shards = _write_shards(data, _cut(parts, data.shard_size), progress)
+        shards = write_shards(data.data_dir, parts, data.shard_size, progress)
     except OSError as error:
-        raise _disk_full(data.data_dir, error) if error.errno in NO_SPACE else error from None
-    written = {shard.name for shard in shards}
-    for name in file_sizes(data.data_dir):  # of a run with other shards that died before its manifest
-        if SHARD_NAME.match(name) and name not in written:
-            remove(join(data.data_dir, name))
+        raise disk_full(data.data_dir, error) if error.errno in NO_SPACE else error from None
     manifest = Manifest(
         **plan.options,
         source_revision=plan.revision,
@@ -582,71 +444,6 @@ def assemble(data: DataConfig, plan: Plan, files: list[Tokenized], progress: Pro
     )
     write_text(join(data.data_dir, MANIFEST), manifest.model_dump_json(indent=2) + "\n")
     return manifest
-
-
-class _Extent(NamedTuple):
-    """Tokens `start` to `start + tokens` of a part's file."""
-
-    location: str
-    tokens: int
-    start: int = 0
-
-
-def _cut(parts: Iterable[_Extent], size: int) -> Iterator[list[_Extent]]:
-    """The parts end to end, in runs of `size` tokens; the last may be shorter, but a lone token makes no sequence."""
-    run, room = list[_Extent](), size
-    for location, tokens, _ in parts:
-        start = 0
-        while start < tokens:
-            taken = min(room, tokens - start)
-            run.append(_Extent(location, taken, start))
-            start, room = start + taken, room - taken
-            if not room:
-                yield run
-                run, room = [], size
-    if size - room > 1:
-        yield run
-
-
-def _write_shards(data: DataConfig, runs: Iterable[list[_Extent]], progress: Progress) -> list[ShardRecord]:
-    """All shards, several at a time: copying and hashing leave Python's lock to the others."""
-    with ThreadPoolExecutor(min(8, data.num_workers or os.cpu_count() or 1)) as threads:
-        names = map(shard_name, itertools.count())
-        records = []
-        for record in threads.map(lambda named: _write_shard(data, *named), zip(names, runs, strict=False)):
-            progress(f"{record.name}: {record.tokens:,} tokens")
-            records.append(record)
-    return records
-
-
-def _write_shard(data: DataConfig, name: str, run: list[_Extent]) -> ShardRecord:
-    """One .npy file of uint16 tokens, as numpy.save writes it."""
-    tokens, digest = sum(extent.tokens for extent in run), hashlib.sha256()
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
-    with publish(join(data.data_dir, name)) as file:
-        for block in itertools.chain([header.getvalue()], _blocks(run)):
-            file.write(block)
-            digest.update(block)
-    return ShardRecord(name=name, tokens=tokens, sha256=digest.hexdigest())
-
-
-def _blocks(run: list[_Extent]) -> Iterator[bytes]:
-    for location, tokens, start in run:
-        for at in range(2 * start, 2 * (start + tokens), COPY_BYTES):
-            yield read_bytes(location, at, min(at + COPY_BYTES, 2 * (start + tokens)))
-
-
-def _make_room(folder: Path, tokens: int) -> None:
-    """Removes what an attempt that died here left, and makes sure of room for the shards."""
-    for path in folder.iterdir():
-        if SHARD_NAME.match(path.name):
-            path.unlink()
-    free, needed = shutil.disk_usage(folder).free, 2 * tokens
-    if free < needed:
-        raise OSError(
-            f"{folder} has {free / 1e9:.1f} GB free, and the shards need {needed / 1e9:.1f} GB: free some space"
-        )
 
 
 def main(argv: list[str] | None = None) -> None:
