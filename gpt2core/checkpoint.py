@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2core.checkpoint_folder import FORMAT, LATEST, Checkpoint, CheckpointFolder, Sidecar, Summary
+from gpt2core.checkpoint_folder import FORMAT, LATEST, Checkpoint, CheckpointFolder, Sidecar, Summary, sidecar_beside
 from gpt2core.storage import read_bytes
 
 SECONDS_TO_RETRY = 30.0
@@ -58,8 +58,8 @@ class Saver:
 
     def begin(self, state: dict[str, Any], names: list[str]) -> None:
         """Takes the state as it is now; waits first for a write that is still under way, so that none is lost."""
-        self.finish()
         started = time.perf_counter()
+        self.finish()
         staged, wait_for_copy = self._staged.take(state)
         stall_ms = 1000 * (time.perf_counter() - started)
         self._hurry.clear()
@@ -141,7 +141,7 @@ class StagedState:
 
 
 def load_newest(folder: CheckpointFolder, warn: Callable[[str], None]) -> dict[str, Any] | None:
-    """The state to resume from: latest, else the one of the newest step that is whole.
+    """The state to resume from: latest, else the whole one that was saved last.
 
     None when the folder holds no checkpoint at all; ValueError when it holds some and none is whole.
     """
@@ -161,7 +161,7 @@ def load_newest(folder: CheckpointFolder, warn: Callable[[str], None]) -> dict[s
 def load(path: Path | str, sidecar: Sidecar | None = None) -> dict[str, Any]:
     """Reads a checkpoint, at a path or fsspec URL, onto the CPU; nothing in it can run code.
 
-    With its sidecar the content is verified first.
+    The content is verified first against its sidecar, which is looked for beside it when none is given.
 
     Raises ValueError, naming the file, when it is damaged or not one of ours; ConnectionError when remote storage does
     not answer, which says nothing about the file.
@@ -174,6 +174,7 @@ def load(path: Path | str, sidecar: Sidecar | None = None) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: there is no such file") from None
     except (OSError, ImportError) as error:
         raise ValueError(f"{path} cannot be read ({error})") from None
+    sidecar = sidecar or (sidecar_beside(str(path)) if str(path).endswith(".pt") else None)
     if sidecar and hashlib.sha256(content).hexdigest() != sidecar.sha256:
         raise ValueError(f"{path}: its content does not have the hash in its sidecar, so it is damaged")
     try:

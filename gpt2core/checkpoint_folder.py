@@ -32,6 +32,7 @@ from gpt2core.storage import (
     join,
     local_path,
     publish,
+    read_bytes,
     read_text,
     remove,
     size,
@@ -75,6 +76,7 @@ class Sidecar(Summary):
     bytes: int
     sha256: str
     saved_at: str  # UTC, ISO 8601
+    save: int = 0  # number of the save in this folder: what is newest, also after training went back to an older step
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ class Checkpoint:
 class CheckpointFolder:
     def __init__(self, location: Location) -> None:
         self.location = str(location)
+        self._saves: int | None = None  # so far, once known
+        self._own: set[str] = set()  # hashes of what was written here by us, or read back and found right
 
     def commit(
         self, write: Callable[[IO[bytes]], object], summary: Summary, *, names: list[str], keep: int
@@ -114,15 +118,29 @@ class CheckpointFolder:
             bytes=hashing.num_bytes,
             sha256=hashing.hexdigest(),
             saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            save=self._next_save(),
         )
         saved = Checkpoint(rolling, sidecar)
         _write_sidecar(saved)
-        if (latest := self.find(LATEST)) and latest.sidecar.step != summary.step:
+        latest = self.find(LATEST)
+        if latest and latest.sidecar.step != summary.step and self._is_right(latest):
             self._point(BACKUP, latest)
+        self._own = {sidecar.sha256}
         for name in [LATEST, *names]:
             self._point(name, saved)
         self.prune(keep, spare=saved.name)
         return saved
+
+    def _next_save(self) -> int:
+        if self._saves is None:
+            self._saves = max((checkpoint.sidecar.save for checkpoint in self.all()), default=0)
+        self._saves += 1
+        return self._saves
+
+    def _is_right(self, checkpoint: Checkpoint) -> bool:
+        """Whether the content has the sidecar's hash: a latest.pt that went bad must not take the place of its backup."""
+        wanted = checkpoint.sidecar.sha256
+        return wanted in self._own or hashlib.sha256(read_bytes(checkpoint.location)).hexdigest() == wanted
 
     def check_writable(self) -> None:
         """Raises OSError or, of remote storage, ValueError when nothing can be written here."""
@@ -141,9 +159,9 @@ class CheckpointFolder:
         return Checkpoint(location, sidecar) if whole else None
 
     def all(self) -> list[Checkpoint]:
-        """Every committed checkpoint, newest step first."""
+        """Every committed checkpoint, the one saved last first."""
         found = [checkpoint for name in self.names() if (checkpoint := self.find(name))]
-        return sorted(found, key=lambda checkpoint: (-checkpoint.sidecar.step, checkpoint.name))
+        return sorted(found, key=lambda found: (-found.sidecar.save, -found.sidecar.step, found.name))
 
     def names(self) -> list[str]:
         """Names of all checkpoint files, whole or not."""
@@ -167,11 +185,12 @@ class CheckpointFolder:
         return join(self.location, f"{name}.pt")
 
     def prune(self, keep: int, spare: str | None = None) -> list[str]:
-        """Removes rolling checkpoints but the newest `keep` and `spare`, and what killed processes left; returns the
+        """Removes rolling checkpoints but the `keep` saved last and `spare`, and what killed processes left; returns the
         names of the files that went."""
         steps = {name: int(match[1]) for name in file_sizes(self.location) if (match := ROLLING.match(name))}
-        by_step = sorted(steps, key=lambda name: steps[name])
-        removed = [name for name in by_step[:-keep] if name != f"{spare}.pt"]
+        saves = {f"{checkpoint.name}.pt": checkpoint.sidecar.save for checkpoint in self.all()}
+        in_order = sorted(steps, key=lambda name: (saves.get(name, 0), steps[name]))
+        removed = [name for name in in_order[:-keep] if name != f"{spare}.pt"]
         for name in removed:
             remove(_sidecar_of(join(self.location, name)))
             remove(join(self.location, name))
@@ -191,6 +210,14 @@ class CheckpointFolder:
         remove(_sidecar_of(location))
         alias(checkpoint.location, location)
         _write_sidecar(Checkpoint(location, checkpoint.sidecar))
+
+
+def sidecar_beside(location: str) -> Sidecar | None:
+    """The sidecar of a checkpoint file wherever it lies, None when there is none."""
+    try:
+        return Sidecar.model_validate_json(read_text(_sidecar_of(location)))
+    except (FileNotFoundError, ValidationError, UnicodeDecodeError):
+        return None
 
 
 def _sidecar_of(location: str) -> str:

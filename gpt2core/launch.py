@@ -82,11 +82,21 @@ def run(command: list[str], on_line: Callable[[str], None] = print, nproc: int =
         for line in process.stdout:
             on_line(line.rstrip("\n"))
         return process.wait()
+    except KeyboardInterrupt:
+        raise Stopped(stop(process, on_line)) from None
     except BaseException:
         stop(process, on_line)
         raise
     finally:
         _running.discard(process)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended `run`; its command was asked to end, and did so with this exit code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
 
 
 def stop_all() -> None:
@@ -140,6 +150,13 @@ def run_in_foreground(command: list[str], nproc: int) -> int:
     signal.signal(signal.SIGTERM, leave)
     try:
         return run(command, tell, nproc)
+    except Stopped as stopped:
+        if stopped.exit_code == -signal.SIGKILL:
+            tell(
+                f"it did not end within {GRACE_S:.0f} s and was killed: the last checkpoint is what `gpt2 checkpoints` lists"
+            )
+            return 1
+        return stopped.exit_code if nproc == 1 else 0  # torchrun's own code after a signal says nothing of the ranks
     except KeyboardInterrupt:
         return 0
 

@@ -128,6 +128,12 @@ def _train(
 def refuse_silent_overwrite(config: RunConfig, resume: str | None) -> None:
     """Raises ValueError when the run folder holds checkpoints and it was not said what to do with them."""
     folder = RunFolder.of(config)
+    begun_in = RunFolder(config.artifacts_dir, config.run_name).checkpoints  # as config.json has it
+    if begun_in != folder.checkpoints and CheckpointFolder(begun_in).names():
+        raise ValueError(
+            f"the checkpoints of {folder.path} lie in {begun_in}, and --checkpoint_dir says {folder.checkpoints}: "
+            f"give the same --checkpoint_dir, move them there, or start another run with --run_name"
+        )
     if resume is None and CheckpointFolder(folder.checkpoints).names():
         raise ValueError(
             f"{folder.path} already holds checkpoints: go on from them with --resume latest, "

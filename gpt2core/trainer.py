@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import time
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ class Trainer:
             self.validate(log)
         since = self.saved_at = time.perf_counter()
         logged_at = self.step
-        stopped = False
+        stopped = overdue = False
         while self.step < stop_step and not stopped:
             result = self.train_step()
             self.step += 1
@@ -118,8 +119,10 @@ class Trainer:
                 log.sample(self.step, generate(self.raw_model)[0])
             if log and self.is_due(train.histogram_freq):
                 log.histograms(self.step, self.raw_model)
-            is_save_due = is_save_due or at_end_of_epoch or best
-            if last or (is_save_due and not self.skipped):  # weights with gradients that are not finite are not kept
+            overdue = overdue or is_save_due
+            # while updates are left out nothing changes, so that a save can wait; what has a name of its own cannot
+            if last or at_end_of_epoch or best or (overdue and not self.skipped):
+                overdue = False
                 self.save(saver, at_end_of_epoch=at_end_of_epoch, best=best)
             since += time.perf_counter() - aside  # what is done beside training is not the training step's time
         self.finish_saving(saver)
@@ -206,7 +209,8 @@ class Trainer:
         )
         if log:
             log.numbers(self.step, val_loss=self.val_loss)
-        is_best = self.step > 0 and (self.best_val_loss is None or self.val_loss < self.best_val_loss)
+        is_lower = self.best_val_loss is None or self.val_loss < self.best_val_loss
+        is_best = self.step > 0 and math.isfinite(self.val_loss) and is_lower
         if is_best:
             self.best_val_loss = self.val_loss
         return is_best

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpt2core.checkpoint import check_same_model, load, load_newest, save
+from gpt2core.checkpoint import check_same_model, damage, load, load_newest, save
 from gpt2core.checkpoint_folder import FORMAT, CheckpointFolder, Summary
 from gpt2core.listing import print_checkpoints
 
@@ -135,6 +135,38 @@ def test_a_damaged_latest_is_skipped_aloud_for_the_newest_whole_one(folder: Chec
     assert torch.equal(found["model"]["w"], torch.full((4096,), float(expected_step)))
     (warning,) = [warning for warning in warnings if "latest.pt" in warning]
     assert warning.startswith("skipped ") and reason in warning
+
+
+def test_after_going_back_the_new_line_counts_and_not_the_later_steps_of_the_old(folder: CheckpointFolder) -> None:
+    for step in (4, 5):
+        save(folder, state(step), names=[], keep=10)
+    going_on = CheckpointFolder(folder.location)  # of a process that resumed step 2
+    save(going_on, state(3, train_loss=9.0), names=[], keep=10)
+    Path(folder.file("latest")).with_suffix(".json").unlink()
+    found = load_newest(going_on, lambda _: None)
+    assert found and (found["step"], found["train_loss"]) == (3, 9.0)
+    going_on.prune(2)
+    rolling = {path.stem for path in Path(folder.location).glob("rolling_*.pt")}
+    assert rolling == {"rolling_step_000003", "rolling_step_000005"}
+
+
+def test_a_latest_that_went_bad_does_not_take_the_place_of_its_backup(folder: CheckpointFolder) -> None:
+    flip_a_byte(Path(folder.file("latest")))
+    going_on = CheckpointFolder(folder.location)
+    save(going_on, state(4), names=[], keep=10)
+    assert damage(going_on, "latest") is None
+    assert damage(going_on, "latest_backup") is None
+    assert load(folder.file("latest_backup"))["step"] == 2
+
+
+def test_a_file_named_by_its_path_is_verified_against_the_sidecar_beside_it(folder: CheckpointFolder) -> None:
+    path = Path(folder.file("rolling_step_000001"))
+    assert load(path)["step"] == 1
+    flip_a_byte(path)
+    with pytest.raises(ValueError, match="does not have the hash in its sidecar"):
+        load(path)
+    path.with_suffix(".json").unlink()
+    assert load(path)["step"] == 1  # nothing to verify it against: a file copied alone
 
 
 def test_a_whole_latest_is_taken_without_a_word(folder: CheckpointFolder) -> None:

@@ -409,3 +409,12 @@ def test_gradients_that_are_not_finite_end_the_run_in_one_sentence(lab: Any, tmp
     assert "not finite" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_is_not_begun_anew_in_another_checkpoint_folder(
+    lab: Any, first_epoch: Path, tmp_path: Path, train_here: Any
+) -> None:
+    run = lab.copy_run(first_epoch, tmp_path)
+    with pytest.raises(ValueError, match=rf"lie in {run}/checkpoints, and --checkpoint_dir says {tmp_path}/elsewhere"):
+        train_here([*lab.flags(tmp_path), "--resume", "latest", "--checkpoint_dir", f"{tmp_path}/elsewhere"])
+    assert not (tmp_path / "elsewhere").exists()
