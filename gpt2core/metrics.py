@@ -49,9 +49,13 @@ class MetricsLog:
 
     def say(self, message: str) -> None:
         """One line to the terminal and to log.txt."""
+        tell(self.note(message))
+
+    def note(self, message: str) -> str:
+        """One line to log.txt alone; returns it."""
         line = f"{datetime.now():%Y-%m-%d %H:%M:%S} {message}"
         self._keep_going(lambda: self._text.write(line + "\n"))
-        tell(line)
+        return line
 
     def numbers(self, step: int, **values: float) -> None:
         """One measurement to all three: 'step=250 loss=3.2118 lr=0.00035', the same names in metrics.jsonl."""

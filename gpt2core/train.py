@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,12 +102,21 @@ def _train(
     ranks.on_main(checkpoints.check_writable)
     torch.set_float32_matmul_precision("high")  # TF32 for what is fp32 on the GPU
     trainer = Trainer(config, ranks)
-    origin = restore(trainer, checkpoints, resume, accept_changed_data)
+    warnings: list[str] = []
+
+    def warn(message: str) -> None:
+        warnings.append(f"WARNING: {message}")
+        if ranks.is_main:  # now, for what comes next may fail; log.txt gets it when it is open
+            tell(warnings[-1])
+
+    origin = restore(trainer, checkpoints, resume, warn, accept_changed_data)
     ranks.on_main(lambda: folder.claim(config, force))
     log = saver = None
     if ranks.is_main:
         log = MetricsLog(folder, resume_at=trainer.step, use_tensorboard=config.train.use_tensorboard)
         saver = Saver(checkpoints, config.train.keep_checkpoints, log.say)
+        for warning in warnings:
+            log.note(warning)
         for line in [*findings, f"device: {describe(ranks)}", origin]:
             log.say(line)
     stop_step = trainer.steps_per_epoch * min(stop_epoch or config.train.num_epochs, config.train.num_epochs)
@@ -142,7 +152,11 @@ def refuse_silent_overwrite(config: RunConfig, resume: str | None) -> None:
 
 
 def restore(
-    trainer: Trainer, checkpoints: CheckpointFolder, resume: str | None, accept_changed_data: bool = False
+    trainer: Trainer,
+    checkpoints: CheckpointFolder,
+    resume: str | None,
+    warn: Callable[[str], None],
+    accept_changed_data: bool = False,
 ) -> str:
     """Loads what --resume names into the trainer and says, in one line, where training starts."""
     state: dict[str, Any] | None = None
@@ -178,10 +192,6 @@ def _check_agreement(ranks: Ranks, checkpoints: CheckpointFolder, state: dict[st
             f"{checkpoints.location}: the ranks could read checkpoints of different steps ({steps}); "
             f"look at the warnings above, and start again"
         )
-
-
-def warn(message: str) -> None:
-    tell(f"WARNING: {message}")
 
 
 def describe(ranks: Ranks) -> str:

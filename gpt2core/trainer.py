@@ -233,13 +233,15 @@ class Trainer:
         self.saved_at = time.perf_counter()
 
     def finish_saving(self, saver: Saver | None) -> None:
-        """Waits for the last checkpoint. Raises ValueError on all ranks when it could not be written."""
+        """Waits for the last checkpoint. Raises on all ranks when it could not be written: ConnectionError, which may
+        pass, when that is what rank 0 met, else ValueError."""
         if saver:
             saver.finish()
         failed = saver is not None and saver.error is not None
         if self.ranks.any(failed)[0]:
             where, why = (saver.folder.location, saver.error) if saver else ("rank 0", "see there")
-            raise ValueError(f"{where}: the checkpoint of step {self.step} could not be written ({why})")
+            kind = ConnectionError if isinstance(why, ConnectionError) else ValueError
+            raise kind(f"{where}: the checkpoint of step {self.step} could not be written ({why})")
 
     def state_dict(self) -> dict[str, Any]:
         """All that the run depends on but the random number generators, which each rank has of its own."""

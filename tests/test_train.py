@@ -341,6 +341,7 @@ def test_a_damaged_latest_is_resumed_around_and_ends_the_same(
     train_here([*lab.flags(tmp_path), "--resume", "latest"])
     shown = capsys.readouterr().out
     assert re.search(r"WARNING: skipped .*latest\.pt", shown)
+    assert re.search(r"WARNING: skipped .*latest\.pt", (run / "logs" / "log.txt").read_text(encoding="utf-8"))
     assert "at step 10 of 24" in shown
     assert lab.logged(run, "loss") == pytest.approx(lab.logged(straight, "loss"), abs=1e-4)
 
