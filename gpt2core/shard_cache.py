@@ -107,18 +107,27 @@ class ShardCache:
         Raises ValueError when there is no room for it, or what comes is not the whole file.
         """
         path = self.folder / file.name
-        with self._lock(file.name):
-            if path.exists():
-                return
-            self._sweep(file.name)
-            started = time.perf_counter()
-            with ExitStack() as stack:
-                with self._lock("budget"):
-                    self._make_room(file)
-                    copy = stack.enter_context(publish(path))
-                    copy.truncate(file.size_bytes)
-                for start in range(0, file.size_bytes, CHUNK_BYTES):
-                    copy.write(_read_chunk(file.url, start, min(start + CHUNK_BYTES, file.size_bytes)))
+        while not path.exists():
+            try:
+                with hold(self._lock_file(file.name)):
+                    if not path.exists():
+                        self._download(file, path)
+            except BlockingIOError:
+                # not to wait for a lock of our own: another process may download it, and keep it for good
+                with self._lock(file.name, shared=True):
+                    pass
+
+    def _download(self, file: RemoteFile, path: Path) -> None:
+        """With the lock of its name held."""
+        self._sweep(file.name)
+        started = time.perf_counter()
+        with ExitStack() as stack:
+            with self._lock("budget"):
+                self._make_room(file)
+                copy = stack.enter_context(publish(path))
+                copy.truncate(file.size_bytes)
+            for start in range(0, file.size_bytes, CHUNK_BYTES):
+                copy.write(_read_chunk(file.url, start, min(start + CHUNK_BYTES, file.size_bytes)))
         seconds = time.perf_counter() - started
         self.progress(f"{file.url}: {file.size_bytes / 1e6:,.1f} MB here in {seconds:.1f} s")
 

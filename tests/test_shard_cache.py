@@ -335,6 +335,16 @@ def test_two_shards_at_a_time_give_the_stream_of_all(
         loader.close()
 
 
+@pytest.mark.timeout(60)
+def test_a_copy_that_another_process_keeps_is_no_reason_to_wait(remote: Bucket, tmp_path: Path) -> None:
+    """Two ranks find it missing; one downloads and keeps it before the other comes to its own download."""
+    file = remote_file(remote, shard_name(1), FILE_BYTES[1])
+    first, second = (ShardCache(tmp_path / "cache", 10**6) for _ in range(2))
+    first.keep([file])
+    second.fetch(file)
+    assert on_disk(second) == {"edufineweb_train_000001"}
+
+
 def test_the_next_shard_comes_before_it_is_needed(remote: Bucket, lab: Any, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path / "cache", sum(FILE_BYTES), lambda line: None)
     sequences = Sequences(open_shards(remote.url, "train", cache), 16)
