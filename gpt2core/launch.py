@@ -156,7 +156,9 @@ def run_in_foreground(command: list[str], nproc: int) -> int:
                 f"it did not end within {GRACE_S:.0f} s and was killed: the last checkpoint is what `gpt2 checkpoints` lists"
             )
             return 1
-        return stopped.exit_code if nproc == 1 else 0  # torchrun's own code after a signal says nothing of the ranks
+        if nproc > 1:
+            return 0  # torchrun's own code after a signal says nothing of the ranks
+        return stopped.exit_code if stopped.exit_code >= 0 else 128 - stopped.exit_code  # as a shell has it
     except KeyboardInterrupt:
         return 0
 

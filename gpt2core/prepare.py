@@ -1,6 +1,6 @@
 """From text to token shards, restartable: each span of a source file becomes a part, the parts become the shards.
 
-    begin (which files) -> tokenize_span (in parallel) -> assemble
+    begin (which files) -> parts.tokenize_span (in parallel) -> shard_writer.write_shards -> manifest
 
 Parts and shards appear whole or not at all, so a run that was killed goes on with what is missing. The result depends
 on the sources and the options only, never on how many processes made it or how often they died. Processes hand each
@@ -19,6 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import active_children, get_context
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -201,10 +202,21 @@ def _begin(data: DataConfig) -> Plan:
 
 def _write_plan(data: DataConfig, plan: Plan) -> Plan:
     if not is_remote(data.data_dir):
-        for left_over in local_path(data.data_dir).rglob(".*.tmp"):  # by processes that were killed
-            left_over.unlink(missing_ok=True)
+        _remove_left_overs(local_path(data.data_dir))
     write_text(part_file(data, PLAN), plan.model_dump_json(indent=2))
     return plan
+
+
+def _remove_left_overs(folder: Path) -> None:
+    """Removes what killed processes left half written of parts, shards and manifest, and nothing else of the folder."""
+    for path in [*folder.glob(".*.tmp"), *(folder / PARTS).glob(".*.tmp")]:
+        name = path.name.removeprefix(".")
+        if (
+            path.parent.name == PARTS
+            or name.startswith(MANIFEST)
+            or SHARD_NAME.match(name.partition(".npy")[0] + ".npy")
+        ):
+            path.unlink(missing_ok=True)
 
 
 def _has_parts(data: DataConfig) -> bool:
@@ -236,7 +248,7 @@ def _tokenize(data: DataConfig, files: list[SourceFile], progress: Progress) -> 
 
     What fails does not stop the rest: the first error is raised when all is done.
     """
-    done, spans_of, errors = _look_at(data, files)
+    done, spans_of, errors = _find_work(data, files)
     for error in errors:
         progress(f"error, and the rest goes on: {error}")
     parts: dict[Span, Part] = {}
@@ -262,7 +274,7 @@ def _tokenize(data: DataConfig, files: list[SourceFile], progress: Progress) -> 
     return [done[file] for file in files]
 
 
-def _look_at(
+def _find_work(
     data: DataConfig, files: list[SourceFile]
 ) -> tuple[dict[SourceFile, Tokenized], dict[SourceFile, list[Span]], list[Exception]]:
     """What is done, the spans of what is not, and the errors of what cannot be read; several files at a time, for each

@@ -52,7 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.list_checkpoints:
         from gpt2core.listing import print_checkpoints
 
-        print_checkpoints(CheckpointFolder(RunFolder.of(config).checkpoints))
+        begun = RunFolder(config.artifacts_dir, config.run_name)  # its config.json says where they lie
+        folder = begun if begun.config_file.exists() else RunFolder.of(config)
+        print_checkpoints(CheckpointFolder(folder.checkpoints))
         return
     train(
         config,

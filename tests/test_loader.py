@@ -337,7 +337,7 @@ def test_a_state_of_before_the_epoch_was_in_it_is_taken(sequences):
     group.close()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: what is tested is the copy to it")
 def test_batches_on_a_gpu_are_those_on_the_cpu(sequences):
     options = {"sequences_per_step": 8, "mini_batch_size": 4, "rank": 0, "world_size": 1, "seed": 1}
     loaders = [

@@ -502,9 +502,15 @@ def test_what_killed_processes_left_goes_when_the_next_begins(corpus, tmp_path):
     data = config(tmp_path, corpus)
     begin(data)
     left_over = tmp_path / ".parts" / ".0123.tokens.host.99999999.tmp"
-    left_over.write_bytes(b"half")
+    shard = tmp_path / ".edufineweb_train_000003.npy.host.99999999.tmp"
+    checkpoint = tmp_path / "runs" / ".rolling_step_000009.pt.host.1.tmp"
+    mine = tmp_path / ".notes.tmp"
+    checkpoint.parent.mkdir()
+    for path in (left_over, shard, checkpoint, mine):
+        path.write_bytes(b"half")
     begin(data)
-    assert not left_over.exists()
+    assert not left_over.exists() and not shard.exists()
+    assert checkpoint.exists() and mine.exists()  # of others, who may be at work
 
 
 def test_a_second_run_with_other_options_does_not_touch_the_first(corpus, tmp_path):
