@@ -51,6 +51,12 @@ class ModelConfig(Settings):
         block = 12 * width * width + 13 * width  # qkv 3w^2+3w, projection w^2+w, MLP 8w^2+5w, two LayerNorms 4w
         return (self.vocab_size + self.context_length) * width + self.num_layers * block + 2 * width
 
+    def flops_per_token(self) -> int:
+        """Of one training step, forward and backward: 6 N + 12 L T C (PaLM, Chowdhery et al. 2022, appendix B), where N
+        leaves out the position embeddings, which are only added."""
+        attention = 12 * self.num_layers * self.context_length * self.embd_size
+        return 6 * (self.num_parameters() - self.context_length * self.embd_size) + attention
+
 
 # GPT-2's four sizes (Radford et al. 2019, table 2; parameter counts as OpenAI's released weights have them).
 MODEL_SIZES: dict[str, ModelConfig] = {
@@ -132,6 +138,7 @@ class TrainConfig(Settings):
             "use_tensorboard",
             "log_freq",
             "compile",
+            "kernels",
             "deterministic",
             "device",
         }
@@ -184,6 +191,10 @@ class TrainConfig(Settings):
     deterministic: bool = Field(
         False,
         description="On a GPU: kernels that give the same bits each time, slower; the CPU's always do.",
+    )
+    kernels: Literal["auto", "fused", "plain"] = Field(
+        "auto",
+        description="Fused kernels for training in bf16 on a GPU; auto takes those that work there, fused insists on them.",
     )
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto compiles on CUDA only.")
 

@@ -27,6 +27,7 @@ TENSORBOARD_TAGS = {
     "step_ms": "speed/step_ms",
     "data_wait_ms": "speed/data_wait_ms",
     "memory_gib": "speed/memory_gib",
+    "mfu": "speed/mfu",
     "acc": "hellaswag/acc",
     "acc_norm": "hellaswag/acc_norm",
 }

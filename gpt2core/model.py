@@ -9,12 +9,14 @@ is needed and the residual stream itself is bf16 on a GPU.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2core.config import ModelConfig
+from gpt2core.kernels import PLAIN, Kernels
 
 INIT_STD = 0.02  # GPT-2's released code, model.py
 
@@ -22,9 +24,12 @@ INIT_STD = 0.02  # GPT-2's released code, model.py
 class Linear(nn.Linear):
     """A linear layer that computes in the dtype of its input."""
 
+    def __init__(self, in_features: int, out_features: int, kernels: Kernels, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.kernels = kernels
+
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return self.kernels.linear(x, self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -35,37 +40,37 @@ class LayerNorm(nn.LayerNorm):
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
-        self.c_attn = Linear(config.embd_size, 3 * config.embd_size)
-        self.c_proj = Linear(config.embd_size, config.embd_size)
+        self.num_heads, self.kernels = config.num_heads, kernels
+        self.c_attn = Linear(config.embd_size, 3 * config.embd_size, kernels)
+        self.c_proj = Linear(config.embd_size, config.embd_size, kernels)
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape  # noqa: N806
-        heads = self.c_attn(x).view(B, T, 3, self.num_heads, C // self.num_heads)
-        q, k, v = (part.transpose(1, 2) for part in heads.unbind(2))  # each (B, heads, T, C / heads)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, C / heads)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        qkv = self.c_attn(x).view(B, T, 3, self.num_heads, C // self.num_heads)
+        y = self.kernels.attention(qkv)  # (B, T, heads, C / heads)
+        return self.c_proj(y.reshape(B, T, C))
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
-        self.c_fc = Linear(config.embd_size, 4 * config.embd_size)
-        self.c_proj = Linear(4 * config.embd_size, config.embd_size)
+        self.kernels = kernels
+        self.c_fc = Linear(config.embd_size, 4 * config.embd_size, kernels)
+        self.c_proj = Linear(4 * config.embd_size, config.embd_size, kernels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2 was trained with the tanh form
+        return self.kernels.mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(config.embd_size)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, kernels)
         self.ln_2 = LayerNorm(config.embd_size)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, kernels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
@@ -73,23 +78,26 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.embd_size)
         self.wpe = nn.Embedding(config.context_length, config.embd_size)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.h = nn.ModuleList(Block(config, kernels) for _ in range(config.num_layers))
         self.ln_f = LayerNorm(config.embd_size)
 
 
 class GPT(nn.Module):
     """GPT-2 with its head tied to the token embedding."""
 
-    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32, kernels: Kernels = PLAIN
+    ) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
-        self.transformer = Transformer(config)
-        self.lm_head = Linear(config.embd_size, config.vocab_size, bias=False)
+        self.kernels = kernels
+        self.transformer = Transformer(config, kernels)
+        self.lm_head = Linear(config.embd_size, config.vocab_size, kernels, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
 
     @torch.no_grad()
@@ -106,16 +114,20 @@ class GPT(nn.Module):
                 std = residual_std if name.endswith("c_proj.weight") else INIT_STD
                 parameter.normal_(0.0, std, generator=generator)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, reduction: Literal["mean", "none"] = "mean"
+    ) -> Tensor:
         """Logits (B, T, V) of `tokens` (B, T); with `targets` (B, T), the cross-entropy in nats.
 
         The loss is a scalar for reduction 'mean', and one number a token, (B, T), for 'none'; always fp32.
         """
-        logits = self.lm_head(self.hidden(tokens))  # (B, T, V)
+        x = self.hidden(tokens)  # (B, T, C)
+        if targets is not None and reduction == "mean":
+            return self.kernels.mean_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
             return logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
-        return loss.view_as(targets) if reduction == "none" else loss
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """What the head reads: the last block's output after the final LayerNorm, (B, T, C)."""

@@ -119,7 +119,7 @@ def _train(
         saver = Saver(checkpoints, config.train.keep_checkpoints, log.say)
         for warning in warnings:
             log.note(warning)
-        for line in [*findings, f"device: {describe(ranks)}", origin]:
+        for line in [*findings, f"device: {describe(ranks)}", f"kernels: {trainer.kernels.note}", origin]:
             log.say(line)
     stop_step = trainer.steps_per_epoch * min(stop_epoch or config.train.num_epochs, config.train.num_epochs)
     try:

@@ -21,9 +21,11 @@ from gpt2core.distributed import Ranks, StopRequest, pick_dtype, use_compile
 from gpt2core.evaluation import validation_loss
 from gpt2core.generate import generate
 from gpt2core.hellaswag import Example, evaluate_hellaswag, load_hellaswag
+from gpt2core.kernels import pick_kernels
 from gpt2core.launch import tell
 from gpt2core.loader import Loader, Sequences
 from gpt2core.metrics import MetricsLog
+from gpt2core.mfu import peak_flops
 from gpt2core.model import GPT
 from gpt2core.optim import build_optimizer, learning_rate, set_learning_rate
 from gpt2core.shards import SPLITS, cache_of, keep_here, open_shards
@@ -66,7 +68,9 @@ class Trainer:
             device=ranks.device,
         )
         seed_everything(train.seed + ranks.rank)
-        self.raw_model = GPT(config.model, pick_dtype(train.precision, ranks.device))
+        dtype = pick_dtype(train.precision, ranks.device)
+        self.kernels = pick_kernels(train.kernels, ranks.device, dtype, config.model)
+        self.raw_model = GPT(config.model, dtype, self.kernels)
         self.raw_model.init_weights(torch.Generator().manual_seed(train.seed))
         self.raw_model.to(ranks.device)
         self.optimizer = build_optimizer(self.raw_model, train)
@@ -79,6 +83,7 @@ class Trainer:
             on = [ranks.device] if ranks.device.type == "cuda" else None
             self.model = DistributedDataParallel(compiled, device_ids=on, gradient_as_bucket_view=True)
         self.hellaswag = _hellaswag_examples(config.evaluation) if train.hellaswag_freq else None
+        self.peak_flops = peak_flops(ranks.device)
         self.step = 0
         self.logged_wait_s = 0.0
         self.saved_at = time.perf_counter()  # of this rank's clock
@@ -188,6 +193,9 @@ class Trainer:
             }
             if self.ranks.device.type == "cuda":
                 values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            if self.peak_flops:
+                flops = values["tokens_per_sec"] * self.config.model.flops_per_token()
+                values["mfu"] = flops / (self.peak_flops * self.ranks.world_size)
             log.numbers(self.step, **values)
             self.logged_wait_s = self.loader.wait_s
             if skipped:

@@ -1,0 +1,27 @@
+"""Model FLOPs utilization: what a run computes beside what the device could (Chowdhery et al. 2022, PaLM, appendix B)."""
+
+from __future__ import annotations
+
+import torch
+
+# Dense bf16 FLOP/s by the vendor's datasheets, without sparsity; the first name that a device's name holds counts.
+PEAK_FLOPS = {
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak of the device in FLOP/s; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)

@@ -1,0 +1,261 @@
+"""Our training step beside those of peers: same device, same batch, turn by turn in one process, a table last.
+
+    python tests/benchmarks/train_step.py [--mini_batch_size 64] [--nanogpt PATH/TO/nanoGPT]
+    python tests/benchmarks/train_step.py --tiny --device cpu            seconds, to see that it runs
+
+`ours` is the trainer as a run has it: shards from disk, clipping, the schedule, the logs, TensorBoard. The others do what
+their own scripts do in a step (forward and backward under autocast in bf16, accumulation, clipping, fused AdamW) on tokens
+that lie on the device already. `plain` is a GPT-2 as the textbooks write it, compiled. nanoGPT is taken from a checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2core.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from gpt2core.distributed import Ranks, pick_device, use_compile
+from gpt2core.metrics import MetricsLog
+from gpt2core.mfu import peak_flops
+from gpt2core.run_folder import RunFolder
+from gpt2core.shards import shard_name
+from gpt2core.trainer import Trainer
+
+TINY = ModelConfig(context_length=32, num_layers=2, embd_size=32, num_heads=2)
+
+
+@dataclass
+class Contender:
+    name: str
+    step: Callable[[], float]  # makes one step, returns its loss
+    seconds: list[float] = field(default_factory=list)
+    own_bytes: int = 0  # of weights, gradients and moments, which stay while others have their turn
+    peak_bytes: int = 0
+    loss: float = 0.0
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.embd_size
+        self.heads = config.num_heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(self.norms[0](x)).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norms[1](x)), approximate="tanh"))
+
+
+class PlainGPT(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.embd_size)
+        self.positions = nn.Parameter(0.02 * torch.randn(config.context_length, config.embd_size))
+        self.blocks = nn.Sequential(*(PlainBlock(config) for _ in range(config.num_layers)))
+        self.norm = nn.LayerNorm(config.embd_size)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        x = self.norm(self.blocks(self.tokens(inputs) + self.positions))
+        return F.cross_entropy(F.linear(x, self.tokens.weight).flatten(0, 1), targets.flatten())
+
+
+class Peers:
+    """Makes the other contenders, all with the same step around their models."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        shape = (config.train.mini_batch_size, config.model.context_length + 1)
+        self.rows = torch.randint(0, 50257, shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def contender(
+        self, name: str, model: nn.Module, loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    ) -> Contender:
+        train, device = self.config.train, self.device
+        model.to(device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        called = torch.compile(model) if use_compile(train, device) else model
+        accum_steps = self.config.grad_accum_steps(1)
+        inputs, targets = self.rows[:, :-1].contiguous(), self.rows[:, 1:].contiguous()
+
+        def step() -> float:
+            total = torch.zeros((), device=device)
+            for _ in range(accum_steps):
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    loss = loss_of(called, inputs, targets) / accum_steps
+                loss.backward()
+                total += loss.detach()
+            nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return total.item()
+
+        return Contender(name, step)
+
+    def plain(self) -> Contender:
+        return self.contender("plain", PlainGPT(self.config.model), lambda model, x, y: model(x, y))
+
+    def transformers(self) -> Contender:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        model = self.config.model
+        shape = GPT2Config(
+            vocab_size=model.vocab_size,
+            n_positions=model.context_length,
+            n_embd=model.embd_size,
+            n_layer=model.num_layers,
+            n_head=model.num_heads,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            use_cache=False,
+        )
+
+        def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten())
+
+        return self.contender("transformers", GPT2LMHeadModel(shape), loss_of)
+
+    def nanogpt(self, checkout: Path) -> Contender:
+        spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        model = self.config.model
+        shape: dict[str, Any] = {
+            "block_size": model.context_length,
+            "vocab_size": model.vocab_size,
+            "n_layer": model.num_layers,
+            "n_head": model.num_heads,
+            "n_embd": model.embd_size,
+            "dropout": 0.0,
+            "bias": True,
+        }
+        return self.contender("nanoGPT", module.GPT(module.GPTConfig(**shape)), lambda model, x, y: model(x, y)[1])
+
+
+def ours(config: RunConfig, device: torch.device) -> Contender:
+    """A whole run's step: data, schedule, update, logs."""
+    trainer = Trainer(config, Ranks(0, 1, device))
+    print(f"our kernels: {trainer.kernels.note}")
+    log = MetricsLog(RunFolder.of(config), resume_at=None, use_tensorboard=True)
+    log.say = lambda message: log.note(message)  # type: ignore[method-assign,assignment,return-value]  # not on the terminal
+
+    def step() -> float:
+        started = time.perf_counter()
+        result = trainer.train_step()
+        trainer.step += 1
+        trainer.log_step(result, log, time.perf_counter() - started, 1)
+        assert trainer.train_loss is not None
+        return trainer.train_loss
+
+    return Contender("ours", step)
+
+
+def write_shards(folder: Path, tokens: int) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(2):
+        np.save(folder / shard_name(number), rng.integers(0, 50257, tokens, dtype=np.uint16))
+
+
+def measure(contenders: list[Contender], device: torch.device, rounds: int, steps: int) -> None:
+    """Turn by turn, so that a device that slows down with heat does so for all."""
+    for _ in range(rounds):
+        for contender in contenders:
+            contender.step()  # so that what the one before left does not count
+            before = reset_peak(device)
+            for _ in range(steps):
+                started = time.perf_counter()
+                contender.loss = contender.step()  # reading the loss waits for the device
+                contender.seconds.append(time.perf_counter() - started)
+            if device.type == "cuda":
+                contender.peak_bytes = torch.cuda.max_memory_allocated(device) - before + contender.own_bytes
+
+
+def reset_peak(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def built(make: Callable[[], Contender], device: torch.device) -> Contender:
+    """A contender after its first step, which compiles and makes the moments, with what it keeps on the device."""
+    before = reset_peak(device)
+    contender = make()
+    contender.loss = contender.step()
+    contender.own_bytes = reset_peak(device) - before
+    return contender
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--mini_batch_size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=7, help="measured a round")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT to measure as well")
+    parser.add_argument("--without", nargs="*", default=[], choices=["transformers", "plain"])
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and batch, to see that it runs")
+    arguments = parser.parse_args()
+    device = pick_device(arguments.device)
+    torch.set_float32_matmul_precision("high")
+    model = TINY if arguments.tiny else ModelConfig()
+    mini_batch_size = 2 if arguments.tiny else arguments.mini_batch_size
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(Path(folder), 2_000 if arguments.tiny else 20_000_000)
+        config = RunConfig(
+            run_name="benchmark",
+            artifacts_dir=folder,
+            model=model,
+            data=DataConfig(data_dir=folder),
+            train=TrainConfig(
+                total_batch_size=4 * model.context_length if arguments.tiny else 524_288,
+                mini_batch_size=mini_batch_size,
+                hellaswag_freq=0,
+            ),
+            evaluation=EvalConfig(val_tokens=model.context_length),
+        )
+        peers = Peers(config, device)
+        makers: list[Callable[[], Contender]] = [lambda: ours(config, device)]
+        makers += [getattr(peers, name) for name in ("plain", "transformers") if name not in arguments.without]
+        if arguments.nanogpt:
+            makers.append(lambda: peers.nanogpt(arguments.nanogpt))
+        contenders = [built(make, device) for make in makers]
+        measure(contenders, device, arguments.rounds, arguments.steps)
+    show(contenders, config, device)
+
+
+def show(contenders: list[Contender], config: RunConfig, device: torch.device) -> None:
+    peak = peak_flops(device)
+    tokens = config.train.total_batch_size
+    rate = {contender.name: tokens / statistics.median(contender.seconds) for contender in contenders}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    print(f"\n{name}, torch {torch.__version__}; median of {len(contenders[0].seconds)} steps of {tokens:,} tokens")
+    print(f"{'':14}{'tokens/s':>10}{'ms':>9}{'MFU':>7}{'peak GiB':>10}{'ours is':>9}{'loss':>8}")
+    for one in contenders:
+        mfu = f"{rate[one.name] * config.model.flops_per_token() / peak:.1%}" if peak else "-"
+        print(
+            f"{one.name:14}{rate[one.name]:>10,.0f}{1000 * statistics.median(one.seconds):>9.1f}{mfu:>7}"
+            f"{one.peak_bytes / 2**30:>10.2f}{rate['ours'] / rate[one.name]:>8.2f}x{one.loss:>8.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

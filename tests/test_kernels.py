@@ -1,0 +1,178 @@
+"""The fused kernels against PyTorch's own operations in fp64: values and gradients, also at odd sizes.
+
+On the CPU the operations run on PyTorch's arithmetic, which proves their derivatives and the chunks of the loss; the
+kernels themselves need a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt2core import fused_loss, kernels
+from gpt2core.config import ModelConfig
+from gpt2core.model import GPT
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the kernels are CUDA's and Triton's")
+DEVICES = ["cpu", pytest.param("cuda", marks=on_gpu)]
+
+# Relative error (Frobenius norm) against fp64. bf16 keeps 8 bits, so that one rounding is off by up to 2^-9 = 0.002; what
+# is computed here is rounded two to four times on its way.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
+
+
+def random(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
+
+
+def check(
+    fused: Callable[..., Tensor], plain: Callable[..., Tensor], tensors: list[Tensor], tolerance: float, *others: Tensor
+) -> None:
+    """Values and all gradients of `fused` are those of `plain` in fp64."""
+    mine = [tensor.clone().requires_grad_() for tensor in tensors]
+    exact = [tensor.double().requires_grad_() for tensor in tensors]
+    results = fused(*mine, *others), plain(*exact, *others)
+    seed = torch.randn(results[1].shape, generator=torch.Generator().manual_seed(0)).to(results[1])
+    for result in results:
+        result.backward(seed.to(result))
+    for ours, theirs in [
+        (results[0], results[1]),
+        *((a.grad, b.grad) for a, b in zip(mine, exact, strict=True)),
+    ]:
+        assert ours is not None and theirs is not None
+        assert (ours.double() - theirs).norm() <= tolerance * theirs.norm()
+
+
+def dtypes(device: str) -> list[torch.dtype]:
+    return [torch.float32] if device == "cpu" else [torch.bfloat16]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("rows", "width", "vocab"), [(7, 16, 150), (64, 64, 50304), (33, 768, 50257), (5, 32, 8192)])
+@pytest.mark.parametrize("rows_at_once", [16, 1000])
+def test_the_loss_is_cross_entropy(device: str, rows: int, width: int, vocab: int, rows_at_once: int) -> None:
+    for dtype in {*dtypes(device), torch.float32}:
+        x = random(rows, width, device=device, dtype=dtype)
+        weight = random(vocab, width, device=device) / width**0.5
+        targets = torch.randint(0, vocab, (rows,), generator=torch.Generator().manual_seed(1)).to(device)
+        check(
+            lambda x, weight, targets: fused_loss.mean_loss(x, weight, targets, rows_at_once),
+            lambda x, weight, targets: F.cross_entropy(x @ weight.T, targets),
+            [x, weight],
+            TOLERANCE[dtype],
+            targets,
+        )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(64, 64, 192), (37, 48, 24), (1, 8, 8), (1023, 768, 2304)])
+def test_the_linear_layer(device: str, rows: int, inputs: int, outputs: int) -> None:
+    for dtype in dtypes(device):
+        tensors = [
+            random(3, rows, inputs, device=device, dtype=dtype),
+            random(outputs, inputs, device=device),
+            random(outputs, device=device),
+        ]
+        check(kernels.fused_linear, lambda *a: kernels.linear(*a), tensors, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("rows", "width"), [(64, 64), (37, 24), (1, 8), (1023, 768)])
+def test_the_mlp(device: str, rows: int, width: int) -> None:
+    for dtype in dtypes(device):
+        tensors = [
+            random(3, rows, width, device=device, dtype=dtype),
+            random(4 * width, width, device=device) / width**0.5,
+            random(4 * width, device=device),
+            random(width, 4 * width, device=device) / width**0.5,
+            random(width, device=device),
+        ]
+        check(kernels.fused_mlp, kernels.mlp, tensors, TOLERANCE[dtype])
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "size"), [(2, 64, 4, 64), (3, 37, 5, 64), (1, 2, 1, 32), (2, 1024, 12, 64)]
+)
+def test_attention(batch: int, length: int, heads: int, size: int) -> None:
+    pytest.importorskip("cudnn")
+    qkv = random(batch, length, 3, heads, size, device="cuda", dtype=torch.bfloat16)
+    check(kernels.fused_attention, kernels.attention, [qkv], TOLERANCE[torch.bfloat16])
+
+
+@on_gpu
+def test_the_weight_gradients_are_not_rounded_to_bf16() -> None:
+    x = random(512, 64, device="cuda", dtype=torch.bfloat16)
+    weight = random(64, 64, device="cuda").requires_grad_()
+    kernels.fused_linear(x, weight, random(64, device="cuda")).sum().backward()
+    assert weight.grad is not None
+    assert not torch.equal(weight.grad, weight.grad.bfloat16().float())
+
+
+def losses(chosen: kernels.Kernels, device: str, dtype: torch.dtype, compiled: bool) -> list[float]:
+    """Of some updates of a small model."""
+    config = ModelConfig(context_length=64, num_layers=2, embd_size=64, num_heads=2)
+    tokens = torch.randint(0, 50257, (4, 65), generator=torch.Generator().manual_seed(0)).to(device)
+    model = GPT(config, dtype, chosen)
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.to(device)
+    forward = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    found = []
+    for _ in range(8):
+        loss = forward(tokens[:, :-1], tokens[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+FUSED = kernels.Kernels("fused", linear=kernels.fused_linear, mlp=kernels.fused_mlp, mean_loss=fused_loss.mean_loss)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_model_learns_the_same_with_either(compiled: bool) -> None:
+    fused, plain = (losses(chosen, "cpu", torch.float32, compiled) for chosen in (FUSED, kernels.PLAIN))
+    assert fused == pytest.approx(plain, rel=1e-4)
+    assert fused[-1] < fused[0] - 0.1
+
+
+@on_gpu
+def test_a_compiled_model_on_a_gpu_learns_the_same_with_either() -> None:
+    fused, plain = (losses(chosen, "cuda", torch.bfloat16, True) for chosen in (FUSED, kernels.PLAIN))
+    assert fused == pytest.approx(plain, abs=0.02)
+    assert fused[-1] < fused[0] - 0.1
+
+
+def test_without_gradients_the_plain_path_is_taken() -> None:
+    x, weight = random(3, 8, device="cpu"), random(32, 8, device="cpu")
+    bias, proj = random(32, device="cpu"), random(8, 32, device="cpu")
+    with torch.no_grad():
+        assert torch.equal(kernels.fused_linear(x, weight, bias), kernels.linear(x, weight, bias))
+        arguments = (x, weight, bias, proj, random(8, device="cpu"))
+        assert torch.equal(kernels.fused_mlp(*arguments), kernels.mlp(*arguments))
+
+
+def test_what_cannot_work_is_refused_when_forced() -> None:
+    model, cpu, gpu = ModelConfig(embd_size=64, num_heads=2), torch.device("cpu"), torch.device("cuda", 0)
+    with pytest.raises(ValueError, match=r"kernels fused: they are for bf16 on an NVIDIA GPU.*use --kernels auto"):
+        kernels.pick_kernels("fused", cpu, torch.bfloat16, model)
+    with pytest.raises(ValueError, match=r"kernels fused: .* this is torch.float32 on cuda"):
+        kernels.pick_kernels("fused", gpu, torch.float32, model)
+    assert kernels.pick_kernels("auto", cpu, torch.float32, model) is kernels.PLAIN
+    assert kernels.pick_kernels("plain", gpu, torch.bfloat16, model) is kernels.PLAIN
+
+
+@on_gpu
+def test_widths_without_a_fused_gelu_keep_the_other_kernels() -> None:
+    model, gpu = ModelConfig(embd_size=60, num_heads=6), torch.device("cuda", 0)
+    chosen = kernels.pick_kernels("auto", gpu, torch.bfloat16, model)
+    assert chosen.mlp is kernels.mlp and chosen.mean_loss is fused_loss.mean_loss
+    assert "width 60 is not a multiple of 8" in chosen.note
+    with pytest.raises(ValueError, match="width 60"):
+        kernels.pick_kernels("fused", gpu, torch.bfloat16, model)
