@@ -145,7 +145,10 @@ class TrainConfig(Settings):
     )
 
     total_batch_size: Positive = Field(524_288, description="Tokens in a step, over all ranks and accumulation steps.")
-    mini_batch_size: Positive = Field(32, description="Sequences a rank takes through the model at once.")
+    mini_batch_size: Positive | Literal["auto"] = Field(
+        32,
+        description="Sequences a rank takes through the model at once; auto takes the largest power of two that fits.",
+    )
     max_lr: float = Field(1e-3, gt=0, description="Learning rate after the warmup.")
     min_lr: float = Field(1e-4, ge=0, description="Learning rate at the end of the cosine.")
     warmup_steps: Frequency = Field(715, description="Steps of linear warmup (375M tokens, as in GPT-3).")
@@ -274,23 +277,46 @@ class RunConfig(Settings):
     def sequences_per_step(self) -> int:
         return self.train.total_batch_size // self.model.context_length
 
-    def grad_accum_steps(self, world_size: int) -> int:
+    def mini_batch_sizes(self, world_size: int) -> list[int]:
+        """The sizes that the trainer may take, to be tried in this order: powers of two for auto, else the one asked for and
+        its halves; each with the same total batch.
+
+        Raises ValueError, with numbers that would do, when the total batch cannot be split evenly.
+        """
+        wanted = self.train.mini_batch_size
+        if wanted == "auto":
+            self.grad_accum_steps(world_size, 1)
+            wanted = 2 ** int(math.log2(self.sequences_per_step() // world_size))
+        else:
+            self.grad_accum_steps(world_size)
+        sizes = [wanted]
+        while sizes[-1] % 2 == 0:
+            sizes.append(sizes[-1] // 2)
+        return [size for size in sizes if self.sequences_per_step() % (size * world_size) == 0]
+
+    def batch_size_without_gradients(self) -> int:
+        """Sequences at once where the model is only measured."""
+        return 16 if self.train.mini_batch_size == "auto" else self.train.mini_batch_size
+
+    def grad_accum_steps(self, world_size: int, mini_batch_size: int | None = None) -> int:
         """Micro-steps a rank makes in one step, so that all ranks together see total_batch_size tokens.
 
         Raises ValueError, with numbers that would do, when the total batch cannot be split evenly.
         """
-        sequences, per_micro_step = self.sequences_per_step(), self.train.mini_batch_size * world_size
+        if mini_batch_size is None:
+            mini_batch_size = 1 if self.train.mini_batch_size == "auto" else self.train.mini_batch_size
+        sequences, per_micro_step = self.sequences_per_step(), mini_batch_size * world_size
         if sequences % per_micro_step == 0:
             return sequences // per_micro_step
         fitting = [size for size in range(1, sequences + 1) if sequences % (size * world_size) == 0]
         per_micro_step_tokens = per_micro_step * self.model.context_length
         advice = f"total_batch_size {_multiples_near(self.train.total_batch_size, per_micro_step_tokens)}"
         if fitting:
-            nearest = sorted(fitting, key=lambda size: abs(math.log(size / self.train.mini_batch_size)))[:3]
+            nearest = sorted(fitting, key=lambda size: abs(math.log(size / mini_batch_size)))[:3]
             advice = f"mini_batch_size {' or '.join(str(size) for size in sorted(nearest))}, or {advice}"
         raise ValueError(
             f"total_batch_size {self.train.total_batch_size} tokens does not divide into mini_batch_size "
-            f"{self.train.mini_batch_size} x context_length {self.model.context_length} x {world_size} ranks; "
+            f"{mini_batch_size} x context_length {self.model.context_length} x {world_size} ranks; "
             f"use {advice}"
         )
 

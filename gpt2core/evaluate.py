@@ -66,7 +66,7 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
         lambda inputs, targets: model(inputs, targets, reduction="none"),
         val,
         wanted.val_tokens,
-        config.train.mini_batch_size,
+        config.batch_size_without_gradients(),
         ranks,
     )
     result = Evaluation(

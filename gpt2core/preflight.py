@@ -23,13 +23,9 @@ def claim_run(config: RunConfig, launched: LaunchConfig) -> None:
 
 def preflight(config: RunConfig, world_size: int) -> list[str]:
     """Lines that say what was found. Raises ValueError at the first thing that would stop the run."""
-    accum_steps = config.grad_accum_steps(world_size)
+    config.grad_accum_steps(world_size)
     train = config.train
-    found = [
-        f"model: {config.model.num_parameters() / 1e6:.1f}M parameters, context {config.model.context_length}",
-        f"batch: {train.total_batch_size:,} tokens = {accum_steps} accumulation steps x {world_size} ranks "
-        f"x {train.mini_batch_size} sequences",
-    ]
+    found = [f"model: {config.model.num_parameters() / 1e6:.1f}M parameters, context {config.model.context_length}"]
     opened = {split: open_shards(config.data.data_dir, split, cache_of(config.data)) for split in SPLITS}
     check_cache_room(opened["train"], opened["val"], train.shuffle)
     for split, shards in opened.items():

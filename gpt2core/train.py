@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,6 +104,7 @@ def _train(
     findings = preflight(config, ranks.world_size)
     ranks.on_main(checkpoints.check_writable)
     torch.set_float32_matmul_precision("high")  # TF32 for what is fp32 on the GPU
+    keep_compiled_kernels()
     trainer = Trainer(config, ranks)
     warnings: list[str] = []
 
@@ -119,11 +121,22 @@ def _train(
         saver = Saver(checkpoints, config.train.keep_checkpoints, log.say)
         for warning in warnings:
             log.note(warning)
-        for line in [*findings, f"device: {describe(ranks)}", f"kernels: {trainer.kernels.note}", origin]:
+        for line in [
+            *findings,
+            trainer.describe_batch(),
+            f"device: {describe(ranks)}",
+            f"kernels: {trainer.kernels.note}",
+            origin,
+        ]:
             log.say(line)
     stop_step = trainer.steps_per_epoch * min(stop_epoch or config.train.num_epochs, config.train.num_epochs)
     try:
         trainer.fit(stop_step, stop, log, saver)
+    except torch.OutOfMemoryError as error:
+        raise BlockingIOError(
+            f"the GPU's memory ran out at step {trainer.step} with mini_batch_size {trainer.mini_batch_size}; started again "
+            f"with --resume latest, a smaller one is taken if this does not fit any more ({error})"
+        ) from None
     finally:
         if saver:
             saver.finish()
@@ -135,6 +148,16 @@ def _train(
         log.close()
     trainer.loader.close()
     ranks.leave()
+
+
+def keep_compiled_kernels() -> None:
+    """Where torch.compile keeps its work for the next start: by default it lies in /tmp and is gone after a reboot."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-pipeline" / "torchinductor"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    import torch._functorch.config as functorch
+
+    if hasattr(functorch, "autograd_cache_allow_custom_autograd_functions"):  # since torch 2.9; ours are pure
+        functorch.autograd_cache_allow_custom_autograd_functions = True
 
 
 def refuse_silent_overwrite(config: RunConfig, resume: str | None) -> None:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gpt2core.batch_size import fitting_mini_batch_size
 from gpt2core.checkpoint import Saver, check_same_model
 from gpt2core.checkpoint_folder import BEST, FORMAT, epoch_name
 from gpt2core.config import EvalConfig, RunConfig
-from gpt2core.distributed import Ranks, StopRequest, pick_dtype, use_compile
+from gpt2core.distributed import Ranks, StopRequest, no_sync, pick_dtype, use_compile
 from gpt2core.evaluation import validation_loss
 from gpt2core.generate import generate
 from gpt2core.hellaswag import Example, evaluate_hellaswag, load_hellaswag
@@ -48,7 +49,6 @@ class Trainer:
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         train = config.train
-        self.accum_steps = config.grad_accum_steps(ranks.world_size)
         cache = cache_of(config.data, tell)
         train_shards, val_shards = (open_shards(config.data.data_dir, split, cache) for split in SPLITS)
         # the other orders read shard after shard, and remote ones come as they are needed
@@ -57,16 +57,6 @@ class Trainer:
         self.val_sequences = Sequences(val_shards, config.model.context_length)
         self.steps_per_epoch = steps_per_epoch(config, sequences)
         self.max_steps = train.num_epochs * self.steps_per_epoch
-        self.loader = Loader(
-            sequences,
-            sequences_per_step=config.sequences_per_step(),
-            mini_batch_size=train.mini_batch_size,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            shuffle=train.shuffle,
-            seed=train.seed,
-            device=ranks.device,
-        )
         seed_everything(train.seed + ranks.rank)
         dtype = pick_dtype(train.precision, ranks.device)
         self.kernels = pick_kernels(train.kernels, ranks.device, dtype, config.model)
@@ -82,6 +72,18 @@ class Trainer:
         if ranks.world_size > 1:
             on = [ranks.device] if ranks.device.type == "cuda" else None
             self.model = DistributedDataParallel(compiled, device_ids=on, gradient_as_bucket_view=True)
+        self.mini_batch_size = fitting_mini_batch_size(self.model, config, ranks)
+        self.accum_steps = config.grad_accum_steps(ranks.world_size, self.mini_batch_size)
+        self.loader = Loader(
+            sequences,
+            sequences_per_step=config.sequences_per_step(),
+            mini_batch_size=self.mini_batch_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            shuffle=train.shuffle,
+            seed=train.seed,
+            device=ranks.device,
+        )
         self.hellaswag = _hellaswag_examples(config.evaluation) if train.hellaswag_freq else None
         self.peak_flops = peak_flops(ranks.device)
         self.step = 0
@@ -93,6 +95,14 @@ class Trainer:
         self.best_val_loss: float | None = None
         self.skipped_in_a_row = torch.zeros((), device=ranks.device)
         self.skipped = 0  # the same number, as last read off the device
+
+    def describe_batch(self) -> str:
+        asked = self.config.train.mini_batch_size
+        note = "" if asked == self.mini_batch_size else f" (mini_batch_size {asked}: as many as fit)"
+        return (
+            f"batch: {self.config.train.total_batch_size:,} tokens = {self.accum_steps} accumulation steps "
+            f"x {self.ranks.world_size} ranks x {self.mini_batch_size} sequences{note}"
+        )
 
     # --- the story ---
 
@@ -152,16 +162,13 @@ class Trainer:
         loss = torch.zeros((), device=self.ranks.device)
         for micro_step in range(self.accum_steps):
             inputs, targets = self.loader.next_batch()  # each (B, T)
-            with self._no_sync() if micro_step < self.accum_steps - 1 else contextlib.nullcontext():
+            with no_sync(self.model) if micro_step < self.accum_steps - 1 else contextlib.nullcontext():
                 micro_loss = self.model(inputs, targets) / self.accum_steps
                 micro_loss.backward()
             loss += micro_loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), train.grad_clip)
         self._update(grad_norm)
         return StepResult(loss, grad_norm, lr)
-
-    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
-        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else contextlib.nullcontext()
 
     def _update(self, grad_norm: Tensor) -> None:
         """Applies the gradients, unless one is not finite: then the fused kernel leaves weights and moments alone.
@@ -212,7 +219,7 @@ class Trainer:
             lambda inputs, targets: self.forward(inputs, targets, reduction="none"),
             self.val_sequences,
             self.config.evaluation.val_tokens,
-            self.config.train.mini_batch_size,
+            self.mini_batch_size,
             self.ranks,
         )
         if log:

@@ -1,0 +1,73 @@
+"""The mini-batch that fits into a GPU: found before the first step by taking one through the model, forward and backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gpt2core.config import ModelConfig, RunConfig
+from gpt2core.distributed import Ranks, no_sync
+from gpt2core.launch import tell
+
+ADAM_BYTES = 8  # a parameter: two fp32 moments, which the optimizer makes at its first step
+STATE_BYTES = 8 + ADAM_BYTES  # a parameter: fp32 weight, gradient and moments
+ACTIVATION_BYTES = 36  # a token, layer and channel; measured with the fused kernels on an H200
+HEADROOM = 0.92  # of the free memory that auto plans with; the rest is for fragments and evaluation
+AUTO_ON_CPU = 8  # more sequences make a CPU no faster
+
+
+def fitting_mini_batch_size(model: nn.Module, config: RunConfig, ranks: Ranks) -> int:
+    """Sequences a rank takes at once: what was asked for, or the first of its halves that fits on every rank's GPU; for
+    auto, the largest power of two. The total batch stays.
+
+    Raises ValueError when not even the smallest fits.
+    """
+    sizes = config.mini_batch_sizes(ranks.world_size)
+    is_auto = config.train.mini_batch_size == "auto"
+    if ranks.device.type != "cuda":
+        return next(size for size in sizes if not is_auto or size <= AUTO_ON_CPU)
+    if is_auto:
+        free, _ = torch.cuda.mem_get_info(ranks.device)
+        hopeless = ranks.any(*(expected_bytes(config.model, size) > HEADROOM * free for size in sizes))
+        sizes = [size for size, too_large in zip(sizes, hopeless, strict=True) if not too_large] or sizes[-1:]
+    for size in sizes:
+        if not ranks.any(not _fits(model, config, ranks.device, size))[0]:
+            return size
+        if ranks.is_main:
+            tell(
+                f"mini_batch_size {size} does not fit into {_memory(ranks.device)}: halving it, at the same total batch"
+            )
+    raise ValueError(
+        f"mini_batch_size {sizes[-1]} does not fit into {_memory(ranks.device)}, and the total batch does not divide "
+        f"further: lower --context_length or --total_batch_size, or take a smaller model"
+    )
+
+
+def expected_bytes(model: ModelConfig, size: int) -> int:
+    """What a rank needs at least to train on so many sequences at once."""
+    activations = ACTIVATION_BYTES * model.context_length * model.num_layers * model.embd_size
+    return STATE_BYTES * model.num_parameters() + size * activations
+
+
+def _fits(model: nn.Module, config: RunConfig, device: torch.device, size: int) -> bool:
+    """Takes a micro-step of so many sequences, with room kept for the optimizer. Leaves gradients, random numbers and the
+    other ranks alone."""
+    try:
+        moments = torch.empty(ADAM_BYTES * config.model.num_parameters(), dtype=torch.uint8, device=device)
+        tokens = torch.zeros(size, config.model.context_length, dtype=torch.int64, device=device)
+        with no_sync(model):
+            model(tokens, tokens).backward()
+        torch.cuda.synchronize(device)
+        del moments
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _memory(device: torch.device) -> str:
+    free, total = torch.cuda.mem_get_info(device)
+    return f"{torch.cuda.get_device_name(device)} ({free / 2**30:.1f} of {total / 2**30:.1f} GiB free)"

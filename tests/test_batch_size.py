@@ -1,0 +1,94 @@
+"""The mini-batch that fits: with the same total batch and the same mathematics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpt2core.batch_size import expected_bytes, fitting_mini_batch_size
+from gpt2core.config import ModelConfig, RunConfig, TrainConfig
+from gpt2core.distributed import Ranks
+from gpt2core.model import GPT
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a CPU's memory does not run out so")
+
+
+def config(mini_batch_size: int | str, sequences: int = 512) -> RunConfig:
+    return RunConfig(train=TrainConfig(total_batch_size=1024 * sequences, mini_batch_size=mini_batch_size))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("asked", "sequences", "world_size", "sizes"),
+    [
+        (32, 512, 1, [32, 16, 8, 4, 2, 1]),
+        (24, 24, 1, [24, 12, 6, 3]),
+        ("auto", 512, 1, [512, 256, 128, 64, 32, 16, 8, 4, 2, 1]),
+        ("auto", 512, 4, [128, 64, 32, 16, 8, 4, 2, 1]),
+        ("auto", 24, 2, [4, 2, 1]),
+        ("auto", 9, 3, [1]),
+    ],
+)
+def test_every_size_keeps_the_total_batch(asked: int | str, sequences: int, world_size: int, sizes: list[int]) -> None:
+    run = config(asked, sequences)
+    assert run.mini_batch_sizes(world_size) == sizes
+    for size in sizes:
+        assert run.grad_accum_steps(world_size, size) * size * world_size == sequences
+
+
+def test_a_total_batch_that_no_size_divides_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not divide into mini_batch_size 1 x context_length 1024 x 3 ranks"):
+        config("auto", 512).mini_batch_sizes(3)
+
+
+def test_a_larger_model_or_batch_is_expected_to_need_more() -> None:
+    small, large = ModelConfig(), ModelConfig(num_layers=24, embd_size=1024, num_heads=16)
+    assert expected_bytes(small, 64) < expected_bytes(small, 128) < expected_bytes(large, 128)
+
+
+def test_auto_gives_the_losses_of_the_size_it_takes(lab: Any, tmp_path: Path) -> None:
+    losses = []
+    for name, size in (("auto", "auto"), ("eight", "8")):
+        flags = lab.flags(tmp_path, run_name=name, mini_batch_size=size, total_batch_size=16 * 32, steps_per_epoch=3)
+        lab.train(flags)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([line["loss"] for line in map(json.loads, lines) if "loss" in line])
+        log = (tmp_path / name / "logs" / "log.txt").read_text()
+        assert "512 tokens = 2 accumulation steps x 1 ranks x 8 sequences" in log
+        assert ("mini_batch_size auto: as many as fit" in log) == (name == "auto")
+    assert losses[0] == losses[1] and losses[0]
+
+
+@on_gpu
+def test_a_size_that_does_not_fit_is_halved_until_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = Ranks(0, 1, torch.device("cuda", 0))
+    _, total = torch.cuda.mem_get_info()
+    model = GPT(ModelConfig(), torch.bfloat16)
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.to(ranks.device)
+    before = torch.random.get_rng_state(), torch.cuda.get_rng_state()
+    torch.cuda.set_per_process_memory_fraction(12 * 2**30 / total)
+    try:
+        size = fitting_mini_batch_size(model, config(64), ranks)
+        assert size in (4, 8, 16)
+        assert "mini_batch_size 64 does not fit into" in capsys.readouterr().out
+        torch.cuda.set_per_process_memory_fraction(2.5 * 2**30 / total)
+        with pytest.raises(ValueError, match="mini_batch_size 1 does not fit into"):
+            fitting_mini_batch_size(model, config(2), ranks)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(before[0], torch.random.get_rng_state())
+    assert torch.equal(before[1], torch.cuda.get_rng_state())
+
+
+@on_gpu
+def test_auto_takes_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = Ranks(0, 1, torch.device("cuda", 0))
+    small = ModelConfig(context_length=256, num_layers=2, embd_size=128, num_heads=2)
+    model = GPT(small, torch.bfloat16).to(ranks.device)
+    run = RunConfig(model=small, train=TrainConfig(total_batch_size=256 * 64, mini_batch_size="auto"))
+    assert fitting_mini_batch_size(model, run, ranks) == 64
