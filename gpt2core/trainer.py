@@ -114,7 +114,7 @@ class Trainer:
         train = self.config.train
         if self.step == 0:
             self.validate(log)
-        since = self.saved_at = time.perf_counter()
+        since = self.saved_at = self.now()
         logged_at = self.step
         stopped = overdue = False
         while self.step < stop_step and not stopped:
@@ -124,9 +124,9 @@ class Trainer:
             stopped, is_save_due = self.ranks.any(stop.signal is not None, self.is_save_due())
             last = stopped or self.step == stop_step
             if self.is_due(train.log_freq) or at_end_of_epoch or last:
-                self.log_step(result, log, time.perf_counter() - since, self.step - logged_at)
-                since, logged_at = time.perf_counter(), self.step
-            aside = time.perf_counter()
+                self.log_step(result, log, self.now() - since, self.step - logged_at)
+                since, logged_at = self.now(), self.step
+            aside = self.now() if self.is_more_due(is_save_due or last or at_end_of_epoch) else time.perf_counter()
             best = (self.is_due(train.eval_freq) or at_end_of_epoch) and self.validate(log)
             if self.is_due(train.hellaswag_freq):
                 self.evaluate_hellaswag(log)
@@ -149,6 +149,18 @@ class Trainer:
         interval_s = self.config.train.checkpoint_interval_s
         overdue = interval_s > 0 and time.perf_counter() - self.saved_at >= interval_s
         return overdue or self.is_due(self.config.train.checkpoint_freq)
+
+    def now(self) -> float:
+        """The time, once the device has done all that it was given: it runs behind, and only so is a step's time its own."""
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize(self.ranks.device)
+        return time.perf_counter()
+
+    def is_more_due(self, is_known: bool) -> bool:
+        """Whether this step has more to it than training."""
+        train = self.config.train
+        frequencies = (train.eval_freq, train.hellaswag_freq, train.sample_freq, train.histogram_freq)
+        return is_known or any(self.is_due(frequency) for frequency in frequencies)
 
     def is_due(self, frequency: int) -> bool:
         return frequency > 0 and self.step % frequency == 0
