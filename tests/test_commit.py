@@ -74,7 +74,13 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        pytest.param(name, marks=[] if "same step" in name or "epoch" in name else [pytest.mark.soak])
+        for name in SCENARIOS
+    ],
+)
 def test_a_commit_killed_at_any_step_leaves_a_whole_newest_or_previous_state(
     before: Path, tmp_path: Path, scenario: str
 ) -> None:
