@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,26 +87,47 @@ def promote(argv: list[str]) -> None:
 def generate(argv: list[str]) -> None:
     from gpt2core import generate as generation
 
-    parser = Parser(prog="gpt2 generate", description="Continue a text.")
+    parser = Parser(prog="gpt2 generate", description="Continue a text, or those of a file.")
     parser.add_argument("prompt", nargs="?", default=generation.PROMPT, help="text to continue")
+    parser.add_argument("--prompts", metavar="FILE", type=Path, help="a prompt a line; answers as JSON lines")
+    parser.add_argument("--batch_size", type=int, default=16, help="prompts of the file computed at once")
     _add_checkpoint(parser, default="best")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest continuation, in tokens")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token each time")
     parser.add_argument("--top_k", type=int, default=50, help="draw among so many likeliest tokens; 0 among all")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="draw among the likeliest with this probability in all"
+    )
     parser.add_argument("--seed", type=int, default=42, help="same seed, same text")
     parser.add_argument("--samples", type=int, default=1, help="number of continuations")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     arguments = parser.parse_args(argv)
-    texts = generation.generate(
-        _load(arguments).model(arguments.device),
-        arguments.prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k or None,
-        seed=arguments.seed,
-        samples=arguments.samples,
-    )
-    print("\n---\n".join(texts))
+    numbers = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "samples")}
+    sampling = generation.Sampling(**numbers, top_k=None if arguments.top_k == 0 else arguments.top_k)
+    if arguments.batch_size < 1:
+        raise ValueError(f"batch_size {arguments.batch_size}: at least 1 is needed")
+    prompts = _read_prompts(arguments.prompts) if arguments.prompts else []
+    model = _load(arguments).model(arguments.device)
+    if arguments.prompts:
+        for start in range(0, len(prompts), arguments.batch_size):
+            batch = prompts[start : start + arguments.batch_size]
+            for prompt, texts in zip(batch, generation.generate_each(model, batch, sampling), strict=True):
+                print(json.dumps({"prompt": prompt, "texts": texts}, ensure_ascii=False), flush=True)
+    elif arguments.samples == 1:
+        pieces = generation.stream(model, arguments.prompt, sampling)
+        print(arguments.prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    else:
+        print("\n---\n".join(generation.generate(model, arguments.prompt, sampling)))
+
+
+def _read_prompts(file: Path) -> list[str]:
+    prompts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{file}: there is no prompt in it, one a line is needed")
+    return prompts
 
 
 def export(argv: list[str]) -> None:

@@ -9,6 +9,8 @@ is needed and the residual stream itself is bf16 on a GPU.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from gpt2core.config import ModelConfig
 from gpt2core.kernels import PLAIN, Kernels
+from gpt2core.kv_cache import KeyValueCache
 
 INIT_STD = 0.02  # GPT-2's released code, model.py
 
@@ -46,10 +49,10 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.embd_size, 3 * config.embd_size, kernels)
         self.c_proj = Linear(config.embd_size, config.embd_size, kernels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         B, T, C = x.shape  # noqa: N806
         qkv = self.c_attn(x).view(B, T, 3, self.num_heads, C // self.num_heads)
-        y = self.kernels.attention(qkv)  # (B, T, heads, C / heads)
+        y = (attend or self.kernels.attention)(qkv)  # (B, T, heads, C / heads)
         return self.c_proj(y.reshape(B, T, C))
 
 
@@ -72,8 +75,8 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.embd_size)
         self.mlp = MLP(config, kernels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), attend)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -129,14 +132,19 @@ class GPT(nn.Module):
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """What the head reads: the last block's output after the final LayerNorm, (B, T, C)."""
+    def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """What the head reads: the last block's output after the final LayerNorm, (B, T, C).
+
+        With a cache, `tokens` go on where those before ended, and are stored in it.
+        """
         T = tokens.shape[1]  # noqa: N806
-        if self.config.context_length < T:
+        if cache is None and self.config.context_length < T:
             raise ValueError(f"{T} tokens are more than the model's context_length {self.config.context_length}")
-        position = torch.arange(T, device=tokens.device)
+        position = torch.arange(T, device=tokens.device) if cache is None else cache.positions(T)
         x = self.transformer.wte(tokens) + self.transformer.wpe(position)  # (B, T, C)
         x = x.to(self.compute_dtype)
-        for block in self.transformer.h:
-            x = block(x)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, None if cache is None else partial(cache.attend, layer))
+        if cache is not None:
+            cache.length += T
         return self.transformer.ln_f(x)

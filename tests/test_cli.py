@@ -258,6 +258,21 @@ def test_export_writes_what_transformers_loads(tiny: Path, lab: Any, tmp_path: P
         gpt2("export", "--to", "hf", target, *TINY, tiny.parent)
 
 
+def test_generate_answers_a_file_of_prompts(tiny: Path, tmp_path: Path, capsys: Any) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("First Citizen:\n\nÉtats, à\nWhat\n", encoding="utf-8")
+    command = ["generate", "--prompts", prompts, *TINY, tiny.parent, "--device", "cpu", "--max_new_tokens", "8"]
+    for batch_size in (1, 2):
+        assert gpt2(*command, "--samples", "2", "--batch_size", batch_size) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["prompt"] for answer in answers[:3]] == ["First Citizen:", "États, à", "What"]
+    assert all(text.startswith(answer["prompt"]) for answer in answers for text in answer["texts"])
+    assert answers[:3] == answers[3:] and len(answers[0]["texts"]) == 2
+    prompts.write_text("\n")
+    with pytest.raises(ValueError, match="there is no prompt in it"):
+        gpt2(*command)
+
+
 def test_generate_continues_a_text(tiny: Path, capsys: Any) -> None:
     command = ["generate", "First Citizen:", *TINY, tiny.parent, "--device", "cpu", "--max_new_tokens", "8"]
     assert gpt2(*command, "--samples", "2") == 0
