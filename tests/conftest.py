@@ -152,6 +152,7 @@ class Lab:
     """How the tests start things."""
 
     hellaswag = HELLASWAG
+    deadline_s = DEADLINE_S
     steps_per_epoch, max_steps = STEPS_PER_EPOCH, MAX_STEPS
     wait_until = staticmethod(wait_until)
     is_alive = staticmethod(is_alive)
