@@ -1,7 +1,7 @@
 """Crash means resume: training on a real server and worker, killed in every way, ends Completed and with the same bits.
 
-The suite has a kill of worker and flow, a cancel, a queue and the bound on attempts. All faults, with the waits that a
-real recovery has, are `pytest -m soak tests/test_recovery.py`, which prints a table.
+The suite has a kill of worker and flow, a cancel, a queue and the bounds on attempts. All faults, with the waits that a
+real recovery has, are in test_recovery_soak.py.
 """
 
 from __future__ import annotations
