@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextvars
+import threading
 import time
+from collections.abc import Callable
 from uuid import UUID
 
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
+
+from gpt2core.attempts import resumes
+from gpt2core.run_folder import RunFolder
 
 SECONDS_BETWEEN_UPDATES = 5.0
 
@@ -14,6 +20,26 @@ SECONDS_BETWEEN_UPDATES = 5.0
 def artifact_key(kind: str, name: str) -> str:
     """A key under which the UI keeps an artifact's history: lower-case letters, digits and dashes."""
     return f"{kind}-" + "".join(sign if sign.isascii() and sign.isalnum() else "-" for sign in name.lower())
+
+
+def show_resumes(folder: RunFolder) -> None:
+    """A table of the run's resumes: when, at which step, how many steps were lost, and why."""
+    rows = [resume.model_dump() for resume in resumes(folder)]
+    name = folder.path.name
+    create_table_artifact(rows, key=artifact_key("resumes", name), description=f"Resumes of {name}")
+
+
+def beside(show: Callable[[], object]) -> None:
+    """Does it in a thread of its own: with the server away a call takes over a minute, and training shall not wait."""
+    logger = get_run_logger()
+
+    def attempt() -> None:
+        try:
+            show()
+        except Exception as error:  # whatever the way to the server throws: the work matters more than its picture
+            logger.warning(f"not shown in the UI: {error}")
+
+    threading.Thread(target=contextvars.copy_context().run, args=(attempt,), daemon=True).start()
 
 
 class LiveProgress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 from prefect.logging import get_run_logger
 
 from gpt2core import launch
+from gpt2core.watchdog import Watchdog
 
 SECONDS_BETWEEN_STEP_LINES = 5.0  # of the lines that every step writes; all others are handed on at once
 TIMESTAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # the log has its own
@@ -24,6 +26,12 @@ REFUSAL = re.compile(r"^\S+: error: (.*)")  # as gpt2core.flags.main_guard print
 
 class StageError(RuntimeError):
     """A stage's process crashed; the message carries the end of its output."""
+
+    @property
+    def sentence(self) -> str:
+        """What ended, and the last that it said."""
+        lines = [line for line in str(self).splitlines() if line.strip()]
+        return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1].strip()}"
 
 
 class StageRefusedError(ValueError):
@@ -60,10 +68,16 @@ def stages_stopped_on_the_way_out() -> Iterator[None]:
         raise
 
 
-def run_stage(module: str, arguments: list[str], nproc: int = 1, look: Callable[[], None] | None = None) -> None:
+def run_stage(
+    module: str,
+    arguments: list[str],
+    nproc: int = 1,
+    look: Callable[[], None] | None = None,
+    watchdog: Watchdog | None = None,
+) -> None:
     """Runs `python -m module arguments`, under torchrun for more than one process; `look` is called after each line.
 
-    Raises StageRefusedError or StageError when it fails. Whatever ends this task (a cancel, too) first lets the process save and end.
+    Raises StageRefusedError or StageError when it fails or the watchdog kills it. Whatever ends this task (a cancel, too) first lets the process save and end.
     """
     logger = get_run_logger()
     tail: list[str] = []
@@ -74,7 +88,8 @@ def run_stage(module: str, arguments: list[str], nproc: int = 1, look: Callable[
         nonlocal last_step_line, refusal
         if match := REFUSAL.match(line):
             refusal = match[1]
-        tail.append(line)
+        if line.strip():
+            tail.append(line)
         del tail[:-TAIL_LINES]
         if STEP_LINE.search(line):
             if time.monotonic() - last_step_line < SECONDS_BETWEEN_STEP_LINES:
@@ -84,8 +99,13 @@ def run_stage(module: str, arguments: list[str], nproc: int = 1, look: Callable[
         if look:
             look()
 
-    exit_code = launch.run(launch.python_command(module, arguments, nproc), on_line, nproc)
+    exit_code = launch.run(launch.python_command(module, arguments, nproc), on_line, nproc, watchdog)
+    if watchdog and watchdog.hung:
+        raise StageError(f"python -m {module} made {watchdog.hung}")
     if exit_code and refusal:
         raise StageRefusedError(refusal)
     if exit_code:
-        raise StageError(f"python -m {module} ended with exit code {exit_code}:\n" + "\n".join(tail))
+        ended = (
+            f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
+        )
+        raise StageError(f"python -m {module} {ended}:\n" + "\n".join(tail))
