@@ -209,11 +209,58 @@ class EvalConfig(Settings):
 
 
 class LaunchConfig(Settings):
-    """How many processes train; no part of the run's identity, so a run may go on with another number."""
+    """How many processes train, and on how many machines; no part of the run's identity, so it may go on with other numbers."""
 
     nproc_per_node: Positive | Literal["auto"] = Field(
         "auto", description="Training processes on this machine; auto takes one a visible GPU, or one on the CPU."
     )
+    nnodes: int = Field(
+        1, ge=1, le=1024, description="Machines that train together; the same command is started on each of them."
+    )
+    rdzv_endpoint: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9._-]+:[0-9]{1,5}$",
+        description="HOST:PORT where the machines meet: one of them, by a name or address that all of them reach.",
+    )
+    rdzv_id: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9._-]{1,100}$",
+        description="Name of the job, the same on all machines; without one it is the run's name.",
+    )
+    rdzv_timeout_s: int = Field(
+        3600, ge=10, le=7 * 86_400, description="Longest wait for the other machines at a start, in seconds."
+    )
+    local_addr: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9._-]+$",
+        description="Name or address at which the others reach this machine; without one its host name.",
+    )
+
+    @model_validator(mode="after")
+    def _machines_know_where_to_meet(self) -> LaunchConfig:
+        if self.nnodes > 1 and self.rdzv_endpoint is None:
+            raise ValueError(f"nnodes {self.nnodes} needs rdzv_endpoint HOST:PORT, the same on every machine")
+        if self.nnodes == 1 and self.rdzv_endpoint is not None:
+            raise ValueError(f"rdzv_endpoint {self.rdzv_endpoint} is for several machines: give nnodes, too")
+        return self
+
+    def torchrun_flags(self, nproc_per_node: int, run_name: str) -> list[str]:
+        """What torchrun is told about processes and machines; none when a single process needs no torchrun."""
+        if self.nnodes == 1:
+            return ["--standalone", f"--nproc_per_node={nproc_per_node}"] if nproc_per_node > 1 else []
+        assert self.rdzv_endpoint is not None
+        settings = {"join_timeout": self.rdzv_timeout_s, "read_timeout": self.rdzv_timeout_s}
+        flags = [
+            f"--nnodes={self.nnodes}",
+            f"--nproc_per_node={nproc_per_node}",
+            "--rdzv_backend=c10d",
+            f"--rdzv_endpoint={self.rdzv_endpoint}",
+            f"--rdzv_id={self.rdzv_id or run_name}",
+        ]
+        if self.local_addr:  # torchrun would look for the endpoint's host among the addresses of the host name only
+            flags.append(f"--local_addr={self.local_addr}")
+            settings["is_host"] = int(self.rdzv_endpoint.rpartition(":")[0] == self.local_addr)
+        return [*flags, "--rdzv_conf=" + ",".join(f"{name}={value}" for name, value in settings.items())]
 
 
 class RunnerConfig(Settings):

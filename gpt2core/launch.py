@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import Event
 from typing import Literal
 
@@ -48,12 +48,11 @@ def count_gpus() -> int:
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
-def python_command(module: str, arguments: list[str], nproc: int = 1) -> list[str]:
-    """The command that runs a module of this package in `nproc` processes."""
-    if nproc == 1:
+def python_command(module: str, arguments: list[str], torchrun_flags: Sequence[str] = ()) -> list[str]:
+    """The command that runs a module of this package, under torchrun when there are flags for it."""
+    if not torchrun_flags:
         return [sys.executable, "-m", module, *arguments]
-    torchrun = ["--standalone", f"--nproc_per_node={nproc}", "-m", module, *arguments]
-    return [sys.executable, "-m", "gpt2core.launch", *torchrun]
+    return [sys.executable, "-m", "gpt2core.launch", *torchrun_flags, "-m", module, *arguments]
 
 
 def run(command: list[str], on_line: Callable[[str], None] = print, nproc: int = 1) -> int:
@@ -140,7 +139,7 @@ def _kill_session(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def run_in_foreground(command: list[str], nproc: int) -> int:
+def run_in_foreground(command: list[str], nproc: int, under_torchrun: bool) -> int:
     """Runs a trainer for a person at a terminal: Ctrl+C or SIGTERM lets it save, and then counts as a clean end."""
 
     def leave(number: int, frame: object) -> None:
@@ -156,7 +155,7 @@ def run_in_foreground(command: list[str], nproc: int) -> int:
                 f"it did not end within {GRACE_S:.0f} s and was killed: the last checkpoint is what `gpt2 checkpoints` lists"
             )
             return 1
-        if nproc > 1:
+        if under_torchrun:
             return 0  # torchrun's own code after a signal says nothing of the ranks
         return stopped.exit_code if stopped.exit_code >= 0 else 128 - stopped.exit_code  # as a shell has it
     except KeyboardInterrupt:

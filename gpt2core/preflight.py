@@ -17,7 +17,7 @@ def claim_run(config: RunConfig, launched: LaunchConfig) -> None:
 
     Raises ValueError when the batch does not divide, a GPU is not there, or the folder holds a run with other settings.
     """
-    config.grad_accum_steps(num_processes(launched.nproc_per_node, config.train.device))
+    config.grad_accum_steps(launched.nnodes * num_processes(launched.nproc_per_node, config.train.device))
     RunFolder.of(config).claim(config)
 
 

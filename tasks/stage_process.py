@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,8 +60,14 @@ def stages_stopped_on_the_way_out() -> Iterator[None]:
         raise
 
 
-def run_stage(module: str, arguments: list[str], nproc: int = 1, look: Callable[[], None] | None = None) -> None:
-    """Runs `python -m module arguments`, under torchrun for more than one process; `look` is called after each line.
+def run_stage(
+    module: str,
+    arguments: list[str],
+    nproc: int = 1,
+    torchrun_flags: Sequence[str] = (),
+    look: Callable[[], None] | None = None,
+) -> None:
+    """Runs `python -m module arguments`, under torchrun when there are flags for it; `look` is called after each line.
 
     Raises StageRefusedError or StageError when it fails. Whatever ends this task (a cancel, too) first lets the process save and end.
     """
@@ -84,7 +90,7 @@ def run_stage(module: str, arguments: list[str], nproc: int = 1, look: Callable[
         if look:
             look()
 
-    exit_code = launch.run(launch.python_command(module, arguments, nproc), on_line, nproc)
+    exit_code = launch.run(launch.python_command(module, arguments, torchrun_flags), on_line, nproc)
     if exit_code and refusal:
         raise StageRefusedError(refusal)
     if exit_code:

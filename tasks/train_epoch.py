@@ -38,11 +38,12 @@ def train_epoch(config: RunConfig, launched: LaunchConfig, epoch: int) -> Stage:
     if done := _finished(folder, epoch):
         return _stage(folder, epoch, done, started, note="done before")
     nproc = launch.num_processes(launched.nproc_per_node, config.train.device)
-    preflight(config, nproc)
+    preflight(config, launched.nnodes * nproc)
     run_stage(
         "gpt2core.train",
         ["--config", str(folder.config_file), "--resume", "latest", "--stop_epoch", str(epoch)],
         nproc,
+        launched.torchrun_flags(nproc, config.run_name),
     )
     if not (done := _finished(folder, epoch)):
         raise StageError(f"training ended before the end of epoch {epoch}: it was asked to stop")
