@@ -1,0 +1,227 @@
+"""`make up` and `make down`, for real: server, worker, TensorBoard, with a password on the server."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import is_alive, wait_until
+
+ROOT = Path(__file__).parents[1]
+SERVICES = ("server", "tensorboard", "worker")
+PASSWORD = "admin:correct-horse-battery-staple"
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as probes:
+        sockets = [probes.enter_context(socket.socket()) for _ in range(count)]
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in sockets]
+
+
+class Installation:
+    """An installation's services with ports, a Prefect home and a state folder of their own."""
+
+    def __init__(self, folder: Path, **settings: str) -> None:
+        self.folder, self.state_dir, self.artifacts_dir = folder, folder / "services", folder / "artifacts"
+        self.port, self.tensorboard_port = free_ports(2)
+        self.api_url = f"http://127.0.0.1:{self.port}/api"
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        self.environment = kept | {"PREFECT_HOME": str(folder / "prefect"), "COLUMNS": "200"} | settings
+
+    def flags(self) -> list[str]:
+        flags = {"port": self.port, "tensorboard_port": self.tensorboard_port}
+        flags |= {"state_dir": self.state_dir, "artifacts_dir": self.artifacts_dir}
+        return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+    def call(self, *words: str, **changed: str) -> subprocess.CompletedProcess[str]:
+        """`python -m flows.services ...`"""
+        return self._run(["flows.services", *words, *self.flags()], self.environment | changed)
+
+    def prefect(self, *words: str) -> str:
+        done = self._run(["prefect", *words], self.environment | {"PREFECT_API_URL": self.api_url})
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def _run(self, words: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", *words],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    def pids(self) -> dict[str, int]:
+        return {name: json.loads((self.state_dir / f"{name}.pid").read_text())["pid"] for name in SERVICES}
+
+    def api(self, path: str, body: Any = None, password: str | None = PASSWORD) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if password:
+            headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
+        data = None if body is None else json.dumps(body).encode()
+        with urllib.request.urlopen(urllib.request.Request(f"{self.api_url}{path}", data, headers)) as answer:
+            return json.load(answer)
+
+    def logs(self) -> str:
+        return "".join(file.read_text() for file in self.state_dir.glob("*.log"))
+
+    def assert_is_down(self) -> None:
+        for port in (self.port, self.tensorboard_port):
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1", port))
+
+
+@pytest.fixture(scope="module")
+def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    """One that is up, with a password on its server."""
+    passwords = {"PREFECT_SERVER_API_AUTH_STRING": PASSWORD, "PREFECT_API_AUTH_STRING": PASSWORD}
+    installation = Installation(tmp_path_factory.mktemp("installation"), **passwords)
+    up = installation.call("up")
+    try:
+        assert up.returncode == 0, up.stdout + up.stderr + installation.logs()
+        for told in (f"http://127.0.0.1:{installation.port}", f"http://127.0.0.1:{installation.tensorboard_port}"):
+            assert told in up.stdout
+        assert "prefect deployment run pretrain/demo" in up.stdout
+        assert up.stdout.count("started") == 3
+        yield installation
+    finally:
+        down = installation.call("down")
+        print(down.stdout, down.stderr)
+
+
+@pytest.mark.slow
+def test_a_second_up_starts_nothing_and_makes_nothing_anew(installation: Installation):
+    before, automations = installation.pids(), installation.api("/automations/filter", {})
+    again = installation.call("up")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count("runs already") == 3
+    assert installation.pids() == before
+    assert automations and installation.api("/automations/filter", {}) == automations
+    deployed = [entry["name"] for entry in installation.api("/deployments/filter", {})]
+    wanted = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
+    assert sorted(deployed) == sorted(entry["name"] for entry in wanted)
+
+
+@pytest.mark.slow
+def test_the_server_answers_only_who_has_the_password_and_tells_nobody(installation: Installation, tmp_path: Path):
+    for password in (None, "admin:guess"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            installation.api("/flow_runs/filter", {}, password)
+        assert refused.value.code == 401
+
+    data = {"source": str(ROOT / "data/sample/tinyshakespeare.txt"), "data_dir": str(tmp_path / "data")}
+    data["shard_size"] = "32768"
+    run = ["prepare-dataset/fineweb-edu", "--param", f"data={json.dumps(data)}", "--watch"]
+    assert "Completed" in installation.prefect("deployment", "run", *run)
+    assert (tmp_path / "data" / "manifest.json").exists()
+
+    secret = PASSWORD.partition(":")[2]
+    for table in ("logs", "artifacts", "flow_runs", "deployments", "block_documents"):
+        assert secret not in json.dumps(installation.api(f"/{table}/filter", {}))
+    assert secret not in installation.logs()
+    assert secret not in "".join(file.read_text() for file in installation.state_dir.glob("*.pid"))
+
+
+@pytest.mark.slow
+def test_down_ends_what_up_started_and_nothing_else_and_up_brings_back_what_died(installation: Installation):
+    os.kill(installation.pids()["worker"], signal.SIGKILL)
+    wait_until(lambda: not is_alive(installation.pids()["worker"]), "the worker's end")
+    before = installation.pids()
+    again = installation.call("up")
+    assert again.returncode == 0, again.stdout + again.stderr
+    after = installation.pids()
+    assert after["worker"] != before["worker"]
+    assert {name: after[name] for name in ("server", "tensorboard")} == {
+        name: before[name] for name in ("server", "tensorboard")
+    }
+
+    bystander = subprocess.Popen([sys.executable, "-m", "http.server", "0", "--bind", "127.0.0.1"])
+    try:
+        down = installation.call("down")
+        assert down.returncode == 0, down.stdout + down.stderr
+        assert down.stdout.count("ended") == 3
+        assert not [pid for pid in after.values() if is_alive(pid)]
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+    installation.assert_is_down()
+    assert installation.call("down").stdout.count("did not run") == 3
+
+
+def test_an_occupied_port_is_one_sentence_and_nothing_is_started(tmp_path: Path):
+    with socket.socket() as occupant:
+        occupant.bind(("127.0.0.1", 0))
+        occupant.listen()
+        installation = Installation(tmp_path)
+        installation.tensorboard_port = occupant.getsockname()[1]
+        refused = installation.call("up")
+    assert refused.returncode == 1
+    assert re.fullmatch(
+        r"services.py: error: the tensorboard cannot listen on 127.0.0.1:\d+ \(.*\): choose another port, .*\n",
+        refused.stderr,
+    )
+    assert not installation.state_dir.exists()
+
+
+def test_a_password_that_the_worker_lacks_is_one_sentence(tmp_path: Path):
+    refused = Installation(tmp_path).call("up", PREFECT_SERVER_API_AUTH_STRING=PASSWORD)
+    assert refused.returncode == 1
+    assert refused.stderr.count("\n") == 1
+    assert "PREFECT_API_AUTH_STRING is not" in refused.stderr
+    assert PASSWORD not in refused.stderr
+
+
+def test_make_hands_ports_and_database_on_without_showing_the_password():
+    words = ["make", "--dry-run", "up", "PORT=4300", "TENSORBOARD_PORT=6007"]
+    shown = subprocess.run(
+        [*words, "DATABASE_URL=postgresql+asyncpg://me:secret@db/prefect"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "flows.services up --port 4300 --tensorboard_port 6007" in shown
+    assert "secret" not in shown
+
+
+# --- systemd units -----------------------------------------------------------------------------------------------------
+
+
+def test_units_say_how_to_start_each_service_for_ever(tmp_path: Path):
+    units = tmp_path / "units"
+    made = Installation(tmp_path).call("units", str(units))
+    assert made.returncode == 0, made.stderr
+    assert {Path(line) for line in made.stdout.splitlines()} == set(units.iterdir())
+    for name in SERVICES:
+        text = (units / f"gpt2-{name}.service").read_text()
+        assert "Restart=always" in text
+        assert f"WorkingDirectory={ROOT}" in text
+        assert re.search(r"^User=\w+", text, re.MULTILINE)
+        assert "127.0.0.1" in text
+    if shutil.which("systemd-analyze"):
+        verified = subprocess.run(
+            ["systemd-analyze", "verify", *map(str, units.iterdir())], capture_output=True, text=True, check=False
+        )
+        assert (verified.returncode, verified.stderr) == (0, "")
