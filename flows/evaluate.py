@@ -6,6 +6,7 @@ from typing import Literal
 
 from prefect import flow
 
+from gpt2core.credentials import PathOrUrl
 from gpt2core.records import Stage
 from tasks.evaluate_checkpoint import evaluate_checkpoint
 
@@ -13,9 +14,9 @@ from tasks.evaluate_checkpoint import evaluate_checkpoint
 @flow(name="evaluate", flow_run_name="evaluate {checkpoint} ({run_name})")
 def evaluate(
     run_name: str = "gpt2_124m",
-    artifacts_dir: str = "artifacts",
-    checkpoint: str = "latest",
-    hellaswag: str | None = None,
+    artifacts_dir: PathOrUrl = "artifacts",
+    checkpoint: PathOrUrl = "latest",
+    hellaswag: PathOrUrl | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     force: bool = False,
 ) -> Stage:

@@ -11,6 +11,7 @@ from prefect import flow
 from flows.prepare_dataset import prepare_dataset
 from gpt2core.checkpoint_folder import epoch_name
 from gpt2core.config import DataConfig, EvalConfig, LaunchConfig, ModelConfig, RunConfig, RunnerConfig, TrainConfig
+from gpt2core.credentials import PathOrUrl
 from gpt2core.preflight import claim_run
 from gpt2core.records import Stage
 from tasks.evaluate_checkpoint import evaluate_checkpoint
@@ -22,7 +23,7 @@ from tasks.write_report import write_report
 @flow(name="pretrain", flow_run_name="pretrain ({run_name})")
 def pretrain(
     run_name: str = "gpt2_124m",
-    artifacts_dir: str = "artifacts",
+    artifacts_dir: PathOrUrl = "artifacts",
     model: ModelConfig = ModelConfig(),
     data: DataConfig = DataConfig(),
     train: TrainConfig = TrainConfig(),

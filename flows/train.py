@@ -6,6 +6,7 @@ from prefect import flow
 from pydantic import PositiveInt
 
 from gpt2core.config import DataConfig, EvalConfig, LaunchConfig, ModelConfig, RunConfig, TrainConfig
+from gpt2core.credentials import PathOrUrl
 from gpt2core.records import Stage
 from tasks.train_epoch import train_epoch
 
@@ -13,7 +14,7 @@ from tasks.train_epoch import train_epoch
 @flow(name="train", flow_run_name="train ({run_name})")
 def train(
     run_name: str = "gpt2_124m",
-    artifacts_dir: str = "artifacts",
+    artifacts_dir: PathOrUrl = "artifacts",
     model: ModelConfig = ModelConfig(),
     data: DataConfig = DataConfig(),
     train: TrainConfig = TrainConfig(),

@@ -11,6 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from gpt2core.credentials import PathOrUrl
+
 PADDED_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, padded to a multiple of 128 for the matrix units
 VOCAB_SIZE = 50257
 
@@ -80,10 +82,10 @@ class DataConfig(Settings):
         }
     )
 
-    data_dir: str = Field(
+    data_dir: PathOrUrl = Field(
         "data/edu_fineweb10B", description="Folder or fsspec URL of the token shards and their manifest.json."
     )
-    source: str = Field(
+    source: PathOrUrl = Field(
         "HuggingFaceFW/fineweb-edu",
         description="Text to tokenize: a Hugging Face dataset (owner/name), or a path, glob or fsspec URL of "
         "parquet, jsonl or text files.",
@@ -105,7 +107,9 @@ class DataConfig(Settings):
         "stop",
         description="Documents that cannot be read: stop with an error after the rest is done, or skip and count them.",
     )
-    cache_dir: str = Field("data/cache", description="Folder for local copies of shards that lie on remote storage.")
+    cache_dir: PathOrUrl = Field(
+        "data/cache", description="Folder for local copies of shards that lie on remote storage."
+    )
     cache_gb: float = Field(100.0, gt=0, description="Most disk that these copies may take, in GB.")
 
     def hub_config(self) -> str | None:
@@ -168,7 +172,7 @@ class TrainConfig(Settings):
         ge=0,
         description="Most seconds of training between checkpoints, on top of checkpoint_freq; 0 for no limit.",
     )
-    checkpoint_dir: str | None = Field(
+    checkpoint_dir: PathOrUrl | None = Field(
         None,
         description="Folder or fsspec URL under which the run's checkpoints lie, in a folder of its name; "
         "without one they lie in the run's own folder.",
@@ -202,7 +206,7 @@ class EvalConfig(Settings):
     val_tokens: Positive = Field(
         2_621_440, description="Tokens of the validation shard to measure the loss on, from its start."
     )
-    hellaswag: str = Field(
+    hellaswag: PathOrUrl = Field(
         "Rowan/hellaswag",
         description="HellaSwag's validation set: a Hugging Face dataset, or the path or URL of a jsonl file.",
     )
@@ -270,7 +274,7 @@ class RunnerConfig(Settings):
         "threads",
         description="Prefect task runner of the files: threads or processes here, or Dask or Ray (extras to install).",
     )
-    task_runner_address: str | None = Field(
+    task_runner_address: PathOrUrl | None = Field(
         None, description="Address of a Dask scheduler or Ray head; without one a cluster is started on this machine."
     )
     files_at_once: int = Field(0, ge=0, description="Source files tokenized at a time; 0 takes one a CPU core.")
@@ -290,7 +294,7 @@ class RunConfig(Settings):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
         description="Name of the run and of its folder: letters, digits, '.', '_' and '-'.",
     )
-    artifacts_dir: str = Field("artifacts", description="Folder under which each run has a folder of its own.")
+    artifacts_dir: PathOrUrl = Field("artifacts", description="Folder under which each run has a folder of its own.")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
