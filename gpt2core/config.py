@@ -232,7 +232,7 @@ class LaunchConfig(Settings):
         description="Name of the job, the same on all machines; without one it is the run's name.",
     )
     rdzv_timeout_s: int = Field(
-        3600, ge=10, le=7 * 86_400, description="Longest wait for the other machines at a start, in seconds."
+        1200, ge=10, le=7 * 86_400, description="Longest wait for the other machines at a start, in seconds."
     )
     local_addr: str | None = Field(
         None,
