@@ -6,23 +6,26 @@ import base64
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import is_alive, wait_until
+from conftest import descendants, is_alive, wait_until
 
 ROOT = Path(__file__).parents[1]
+DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
 SERVICES = ("server", "tensorboard", "worker")
 PASSWORD = "admin:correct-horse-battery-staple"
 
@@ -119,8 +122,7 @@ def test_a_second_up_starts_nothing_and_makes_nothing_anew(installation: Install
     assert installation.pids() == before
     assert automations and installation.api("/automations/filter", {}) == automations
     deployed = [entry["name"] for entry in installation.api("/deployments/filter", {})]
-    wanted = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
-    assert sorted(deployed) == sorted(entry["name"] for entry in wanted)
+    assert sorted(deployed) == sorted(entry["name"] for entry in DEPLOYMENTS)
 
 
 @pytest.mark.slow
@@ -135,6 +137,12 @@ def test_the_server_answers_only_who_has_the_password_and_tells_nobody(installat
     run = ["prepare-dataset/fineweb-edu", "--param", f"data={json.dumps(data)}", "--watch"]
     assert "Completed" in installation.prefect("deployment", "run", *run)
     assert (tmp_path / "data" / "manifest.json").exists()
+
+    stored = installation.api("/flow_runs/count", {})
+    with pytest.raises(AssertionError, match=r"data\.source"):
+        installation.prefect("deployment", "run", run[0], "--param", 'data={"source": "https://me:hunter2@host/x.txt"}')
+    assert installation.api("/flow_runs/count", {}) == stored
+    assert "hunter2" not in installation.logs()
 
     secret = PASSWORD.partition(":")[2]
     for table in ("logs", "artifacts", "flow_runs", "deployments", "block_documents"):
@@ -225,3 +233,132 @@ def test_units_say_how_to_start_each_service_for_ever(tmp_path: Path):
             ["systemd-analyze", "verify", *map(str, units.iterdir())], capture_output=True, text=True, check=False
         )
         assert (verified.returncode, verified.stderr) == (0, "")
+
+
+# --- PostgreSQL, and a reboot ------------------------------------------------------------------------------------------
+
+
+class Postgres:
+    """A PostgreSQL server of our own, under a user that is not root, which it refuses."""
+
+    PASSWORD = "tr0ub4dor"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.data = folder, folder / "data"
+        (self.port,) = free_ports(1)
+        self.user = "nobody" if os.geteuid() == 0 else None
+        if self.user:
+            shutil.chown(folder, self.user)
+        self.url = f"postgresql+asyncpg://prefect:{self.PASSWORD}@127.0.0.1:{self.port}/postgres"
+
+    def run(self, *words: str) -> str:
+        done = subprocess.run(
+            words,
+            user=self.user,
+            cwd=self.folder,
+            env=os.environ | {"PGPASSWORD": self.PASSWORD},
+            stdout=(log := (self.folder / f"{Path(words[0]).name}.log").open("w+")),  # pg_ctl's server keeps it open
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        log.seek(0)
+        output = log.read()
+        assert done.returncode == 0, output
+        return output
+
+    def start(self) -> None:
+        password = self.folder / "password"
+        password.write_text(self.PASSWORD)
+        password.chmod(0o644)
+        self.run("initdb", "-D", str(self.data), "-U", "prefect", "-A", "scram-sha-256", f"--pwfile={password}")
+        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1"
+        self.run("pg_ctl", "-D", str(self.data), "-o", options, "-w", "start")
+
+    def query(self, sql: str) -> str:
+        return self.run(
+            "psql", "-h", "127.0.0.1", "-p", str(self.port), "-U", "prefect", "-d", "postgres", "-Atc", sql
+        ).strip()
+
+
+@pytest.fixture
+def postgres() -> Iterator[Postgres]:
+    if missing := [program for program in ("initdb", "pg_ctl", "psql") if not shutil.which(program)]:
+        pytest.skip(f"PostgreSQL is not installed: {', '.join(missing)} not found")
+    with tempfile.TemporaryDirectory(prefix="gpt2_postgres_") as folder:
+        server = Postgres(Path(folder))
+        server.start()
+        try:
+            yield server
+        finally:
+            server.run("pg_ctl", "-D", str(server.data), "-m", "fast", "-w", "stop")
+
+
+def exec_start(unit: Path) -> tuple[list[str], dict[str, str], str]:
+    """Command, environment and folder of a unit, as systemd reads them."""
+    lines = [line.partition("=") for line in unit.read_text().splitlines() if "=" in line]
+    environment = dict(shlex.split(value)[0].split("=", 1) for key, _, value in lines if key == "Environment")
+    (command,) = (value for key, _, value in lines if key == "ExecStart")
+    (folder,) = (value for key, _, value in lines if key == "WorkingDirectory")
+    return [word.replace("$$", "$").replace("%%", "%") for word in shlex.split(command)], environment, folder
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_on_postgresql_a_run_waits_out_a_reboot_and_is_done_by_the_units(postgres: Postgres, tmp_path: Path):
+    installation = Installation(tmp_path, PREFECT_SERVER_DATABASE_CONNECTION_URL=postgres.url)
+    up = installation.call("up")
+    try:
+        assert up.returncode == 0, up.stdout + up.stderr + installation.logs()
+        assert f"postgresql+asyncpg://127.0.0.1:{postgres.port}/postgres" in up.stdout
+        os.kill(installation.pids()["worker"], signal.SIGKILL)
+        data = {"source": str(ROOT / "data/sample/tinyshakespeare.txt"), "data_dir": str(tmp_path / "data")}
+        run = ["prepare-dataset/fineweb-edu", "--param", f"data={json.dumps(data | {'shard_size': 32768})}"]
+        installation.prefect("deployment", "run", *run)
+        for pid in installation.pids().values():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not any(is_alive(pid) for pid in installation.pids().values()), "all to be gone")
+    finally:
+        installation.call("down")
+
+    assert installation.call("units", str(tmp_path / "units")).returncode == 0
+    booted = []
+    try:
+        for name in ("worker", "tensorboard", "server"):  # the worker first: it may not need the order
+            command, settings, folder = exec_start(tmp_path / "units" / f"gpt2-{name}.service")
+            booted.append(Restarted(command, installation.environment | settings, folder, tmp_path / f"{name}.log"))
+        wait_until(
+            lambda: "COMPLETED" in postgres.query("select state_type from flow_run"),
+            "the run that waited to be completed",
+        )
+    finally:
+        for service in booted:
+            service.stop()
+    assert (tmp_path / "data" / "manifest.json").exists()
+    assert postgres.query("select count(*) from deployment") == str(len(DEPLOYMENTS))
+    assert not list((tmp_path / "prefect").glob("*.db"))
+    assert Postgres.PASSWORD not in up.stdout + installation.logs()
+    assert Postgres.PASSWORD not in "".join(file.read_text() for file in tmp_path.glob("*.log"))
+
+
+class Restarted:
+    """A process with systemd's Restart=always."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], folder: str, log: Path) -> None:
+        loop = ["bash", "-c", 'trap "kill \\$child; exit" TERM; while :; do "$@" & child=$!; wait $child; done', "unit"]
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [*loop, *command],
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def stop(self) -> None:
+        below = descendants(self.process.pid)
+        self.process.terminate()
+        self.process.wait(60)
+        wait_until(lambda: not any(is_alive(pid) for pid in below), "the service to end")
