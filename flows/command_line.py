@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from gpt2core.config import LaunchConfig, RunConfig, RunnerConfig
+from gpt2core.config import LaunchConfig, RecoveryConfig, RunConfig, RunnerConfig
 from gpt2core.flags import Parser, add_recipe, add_settings, main_guard, run_config, settings_of
 from gpt2core.listing import duration, number, show, table
 from gpt2core.records import Stage
@@ -24,6 +24,8 @@ def _run(pretrain: Callable[..., list[Stage]]) -> None:
     add_settings(parser, RunConfig)
     add_settings(parser, LaunchConfig)
     add_settings(parser, RunnerConfig)
+    add_settings(parser, RecoveryConfig)
+    parser.add_argument("--force", action="store_true", help="go on although settings that shape the run have changed")
     arguments = parser.parse_args()
     config = run_config(arguments)
     stages = pretrain(
@@ -35,6 +37,8 @@ def _run(pretrain: Callable[..., list[Stage]]) -> None:
         evaluation=config.evaluation,
         launch=settings_of(LaunchConfig, arguments),
         runner=settings_of(RunnerConfig, arguments),
+        recovery=settings_of(RecoveryConfig, arguments),
+        force=arguments.force,
     )
     _show(config, stages)
 

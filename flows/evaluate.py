@@ -1,4 +1,4 @@
-"""Evaluation of any checkpoint of a run, as a deployment of its own."""
+"""Evaluation of any checkpoint of a run, as a deployment of its own, by hand or on a schedule."""
 
 from __future__ import annotations
 
@@ -6,19 +6,33 @@ from typing import Literal
 
 from prefect import flow
 
+from gpt2core.config import RunName
 from gpt2core.credentials import PathOrUrl
 from gpt2core.records import Stage
-from tasks.evaluate_checkpoint import evaluate_checkpoint
+from tasks.evaluate_checkpoint import evaluate_checkpoint, is_there
 
 
 @flow(name="evaluate", flow_run_name="evaluate {checkpoint} ({run_name})")
 def evaluate(
-    run_name: str = "gpt2_124m",
+    run_name: RunName = "gpt2_124m",
     artifacts_dir: PathOrUrl = "artifacts",
     checkpoint: PathOrUrl = "latest",
     hellaswag: PathOrUrl | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     force: bool = False,
+    if_there: bool = False,
 ) -> Stage:
-    """Measures latest, best or a checkpoint by name (epoch_00003); a stored result is used unless `force`."""
+    """Measures a checkpoint: validation loss and HellaSwag.
+
+    Args:
+        run_name: Name of the run whose checkpoint it is.
+        artifacts_dir: Folder under which each run has a folder of its own.
+        checkpoint: latest, best, or a name in the run's checkpoints such as epoch_00003.
+        hellaswag: HellaSwag's jsonl file, path or URL, or a hub dataset; without one that of the run.
+        device: Where to compute; auto takes a GPU if there is one.
+        force: Measure again what was measured before.
+        if_there: Do nothing, and call that well done, when there is no such checkpoint yet; for a schedule.
+    """
+    if if_there and not is_there(artifacts_dir, run_name, checkpoint):
+        return Stage(stage=f"evaluate {checkpoint}", duration_s=0.0, note="there is no such checkpoint yet")
     return evaluate_checkpoint(artifacts_dir, run_name, checkpoint, hellaswag=hellaswag, device=device, force=force)

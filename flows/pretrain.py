@@ -10,19 +10,30 @@ from prefect import flow
 
 from flows.prepare_dataset import prepare_dataset
 from gpt2core.checkpoint_folder import epoch_name
-from gpt2core.config import DataConfig, EvalConfig, LaunchConfig, ModelConfig, RunConfig, RunnerConfig, TrainConfig
+from gpt2core.config import (
+    DataConfig,
+    EvalConfig,
+    LaunchConfig,
+    ModelConfig,
+    RecoveryConfig,
+    RunConfig,
+    RunName,
+    RunnerConfig,
+    TrainConfig,
+)
 from gpt2core.credentials import PathOrUrl
 from gpt2core.preflight import claim_run
 from gpt2core.records import Stage
 from tasks.evaluate_checkpoint import evaluate_checkpoint
 from tasks.promote_best import promote_best
 from tasks.train_epoch import train_epoch
+from tasks.waiting import run_held
 from tasks.write_report import write_report
 
 
 @flow(name="pretrain", flow_run_name="pretrain ({run_name})")
 def pretrain(
-    run_name: str = "gpt2_124m",
+    run_name: RunName = "gpt2_124m",
     artifacts_dir: PathOrUrl = "artifacts",
     model: ModelConfig = ModelConfig(),
     data: DataConfig = DataConfig(),
@@ -30,18 +41,27 @@ def pretrain(
     evaluation: EvalConfig = EvalConfig(),
     launch: LaunchConfig = LaunchConfig(),
     runner: RunnerConfig = RunnerConfig(),
+    recovery: RecoveryConfig = RecoveryConfig(),
+    force: bool = False,
 ) -> list[Stage]:
-    """Pretrains GPT-2 from text to a promoted model. Stages that lie done on disk are not done again."""
+    """Pretrains GPT-2 from text to a promoted model. Stages that lie done on disk are not done again.
+
+    Args:
+        run_name: Name of the run and of its folder. A name that is there already goes on where that run stopped.
+        artifacts_dir: Folder under which each run has a folder of its own.
+        force: Go on with a run although settings that shape it have changed.
+    """
     config = RunConfig(
         run_name=run_name, artifacts_dir=artifacts_dir, model=model, data=data, train=train, evaluation=evaluation
     )
-    claim_run(config, launch)
-    stages = [prepare_dataset(data, runner)]
-    for epoch in range(1, train.num_epochs + 1):
-        stages.append(train_epoch(config, launch, epoch))
-        stages.append(evaluate_checkpoint(artifacts_dir, run_name, epoch_name(epoch), device=train.device))
-        stages.append(promote_best(artifacts_dir, run_name))
-    write_report(artifacts_dir, run_name, stages)
+    with run_held(artifacts_dir, run_name):
+        claim_run(config, launch, force)
+        stages = [prepare_dataset(data, runner)]
+        for epoch in range(1, train.num_epochs + 1):
+            stages.append(train_epoch(config, launch, epoch, recovery))
+            stages.append(evaluate_checkpoint(artifacts_dir, run_name, epoch_name(epoch), device=train.device))
+            stages.append(promote_best(artifacts_dir, run_name))
+        write_report(artifacts_dir, run_name, stages)
     return stages
 
 

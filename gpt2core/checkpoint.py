@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt2core import heartbeat
 from gpt2core.checkpoint_folder import FORMAT, LATEST, Checkpoint, CheckpointFolder, Sidecar, Summary, sidecar_beside
 from gpt2core.storage import read_bytes
 
@@ -71,7 +72,9 @@ class Saver:
         """Waits for the write under way; one that failed before and waits to be tried again gets a last attempt."""
         if self._thread:
             self._hurry.set()
-            self._thread.join()
+            while self._thread.is_alive():
+                self._thread.join(heartbeat.SECONDS_BETWEEN_BEATS)
+                heartbeat.beat()  # a slow write is no hang
             self._thread = None
 
     def _write(

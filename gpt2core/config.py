@@ -18,6 +18,7 @@ VOCAB_SIZE = 50257
 
 Positive = Annotated[int, Field(ge=1)]
 Frequency = Annotated[int, Field(ge=0)]  # 0 switches it off
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -267,6 +268,26 @@ class LaunchConfig(Settings):
         return [*flags, "--rdzv_conf=" + ",".join(f"{name}={value}" for name, value in settings.items())]
 
 
+class RecoveryConfig(Settings):
+    """When a training that crashed or hangs is started again, and when it is given up."""
+
+    max_attempts: Positive = Field(
+        5, description="Attempts in a row without a new checkpoint after which the run fails; others are not counted."
+    )
+    hang_timeout_s: float = Field(
+        300.0,
+        ge=0,
+        description="Longest time in seconds without progress (a micro-step, a batch of an evaluation, a checkpoint being "
+        "written) before the trainer counts as hung and is killed to be resumed; 0 for never.",
+    )
+    start_timeout_s: float = Field(
+        1800.0,
+        ge=0,
+        description="The same, in seconds, until the first step is done: while data is fetched and the model compiled; "
+        "0 for never.",
+    )
+
+
 class RunnerConfig(Settings):
     """Where the source's files are tokenized under Prefect; the shards do not depend on it."""
 
@@ -289,10 +310,8 @@ class RunnerConfig(Settings):
 class RunConfig(Settings):
     """The whole configuration of a run, as config.json in its folder has it."""
 
-    run_name: str = Field(
-        "gpt2_124m",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
-        description="Name of the run and of its folder: letters, digits, '.', '_' and '-'.",
+    run_name: RunName = Field(
+        "gpt2_124m", description="Name of the run and of its folder: letters, digits, '.', '_' and '-'."
     )
     artifacts_dir: PathOrUrl = Field("artifacts", description="Folder under which each run has a folder of its own.")
     model: ModelConfig = ModelConfig()

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpt2core import heartbeat
 from gpt2core.distributed import Ranks
 from gpt2core.loader import Sequences
 
@@ -35,4 +36,5 @@ def validation_loss(losses: TokenLosses, sequences: Sequences, val_tokens: int, 
         of_tokens = losses(inputs.to(ranks.device), targets.to(ranks.device))
         kept = min(batch_size, count - start)
         means[start : start + kept] = of_tokens.double().mean(1)[:kept].cpu()
+        heartbeat.beat()
     return ranks.sum(means).mean().item()

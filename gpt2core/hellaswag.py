@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from gpt2core import heartbeat
 from gpt2core.config import first_error
 from gpt2core.distributed import Ranks
 from gpt2core.model import GPT
@@ -139,6 +140,7 @@ def evaluate_hellaswag(model: GPT, examples: list[Example], ranks: Ranks) -> Hel
     # The batches are the same for any number of ranks, and so is each candidate's loss.
     for batch in list(_batches(longest_first, candidates))[ranks.rank :: ranks.world_size]:
         losses[:, batch] = _ending_losses(model, [candidates[i] for i in batch], ranks.device).double().cpu()
+        heartbeat.beat()
     summed, mean = ranks.sum(losses).view(2, len(examples), 4)
     labels = torch.tensor([example.label for example in examples])
     return HellaSwagResult(

@@ -11,13 +11,22 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import Event
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from gpt2core.processes import descendants, kill
+
+if TYPE_CHECKING:
+    from gpt2core.watchdog import Watchdog
 
 STARTED_BY = "GPT2_STARTED_BY"  # process id of the launcher, for die_with_parent
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-GRACE_S = 30.0  # time to save a checkpoint after SIGTERM, before SIGKILL; torchrun gives its ranks as much
+GRACE_S = 120.0  # time to end the step and save a checkpoint after SIGTERM, before SIGKILL; a step may take a minute
+TORCHRUN_GRACE_S = 110  # the same, for the ranks under torchrun: it must have time left to kill those that hang
+# When a rank dies, the others wait for it: under gloo they get an error, in NCCL they hang. torchrun gives them 30 s to
+# end; so much is enough for rank 0 to finish the checkpoint that it may be writing.
+GRACE_AFTER_FAILURE_S = 5
 
 # glibc gives big blocks back to the kernel and faults them in anew each time; the logits of every micro-step are such
 # blocks, and on the CPU that took nearly half the time (tests/benchmarks/cpu_malloc.py).
@@ -30,22 +39,30 @@ _stopping = Event()
 
 def num_processes(wanted: int | Literal["auto"], device: str) -> int:
     """How many training processes to start. Raises ValueError for more than there are GPUs."""
-    gpus = 0 if device in ("cpu", "mps") else count_gpus()
+    return len(places(wanted, device))
+
+
+def places(wanted: int | Literal["auto"], device: str) -> list[str | None]:
+    """One entry a training process: the UUID of the GPU that it will have, None for the CPU.
+
+    Raises ValueError for more processes than there are GPUs.
+    """
+    uuids = [] if device in ("cpu", "mps") else visible_gpus()
+    gpus = len(uuids)
     if device == "cuda" and not gpus:
         raise ValueError(
             "device cuda: this machine shows no GPU (torch.cuda.is_available() is False); use --device cpu"
         )
-    if wanted == "auto":
-        return max(1, gpus)
-    if gpus and wanted > gpus:
+    count = max(1, gpus) if wanted == "auto" else wanted
+    if gpus and count > gpus:
         raise ValueError(f"nproc_per_node {wanted}: this machine shows {gpus} GPUs; use at most {gpus}")
-    return wanted
+    return [*uuids[:count]] if gpus else [None] * count
 
 
-def count_gpus() -> int:
-    """GPUs that a new process would see; asked of one, so that this process never touches them."""
-    code = "import torch; print(torch.cuda.device_count())"
-    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+def visible_gpus() -> list[str]:
+    """UUIDs of the GPUs that a new process would see; asked of one, so that this process never touches them."""
+    code = "from torch import cuda; [print(cuda.get_device_properties(gpu).uuid) for gpu in range(cuda.device_count())]"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 
 def python_command(module: str, arguments: list[str], torchrun_flags: Sequence[str] = ()) -> list[str]:
@@ -55,12 +72,18 @@ def python_command(module: str, arguments: list[str], torchrun_flags: Sequence[s
     return [sys.executable, "-m", "gpt2core.launch", *torchrun_flags, "-m", module, *arguments]
 
 
-def run(command: list[str], on_line: Callable[[str], None] = print, nproc: int = 1) -> int:
+def run(
+    command: list[str],
+    on_line: Callable[[str], None] = print,
+    nproc: int = 1,
+    watchdog: Watchdog | None = None,
+) -> int:
     """Runs a command to its end and hands on each line of its output; returns its exit code.
 
     Ctrl+C, SIGTERM or any other exception here first stops the command: SIGTERM, then after GRACE_S SIGKILL.
     """
     environment = os.environ | {"PYTHONUNBUFFERED": "1", STARTED_BY: str(os.getpid())}
+    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(TORCHRUN_GRACE_S))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     for name, value in KEEP_FREED_MEMORY.items():
         environment.setdefault(name, value)
@@ -78,9 +101,12 @@ def run(command: list[str], on_line: Callable[[str], None] = print, nproc: int =
     try:
         if _stopping.is_set():  # between a look at it and the start
             process.terminate()
-        for line in process.stdout:
-            on_line(line.rstrip("\n"))
-        return process.wait()
+        with watchdog.over(process, on_line) if watchdog else contextlib.nullcontext():
+            for line in process.stdout:
+                if watchdog:
+                    watchdog.line_seen()
+                on_line(line.rstrip("\n"))
+            return process.wait()
     except KeyboardInterrupt:
         raise Stopped(stop(process, on_line)) from None
     except BaseException:
@@ -127,16 +153,19 @@ def stop(process: subprocess.Popen[str], on_line: Callable[[str], None] = print)
         for line in (rest or "").splitlines():
             on_line(line)
     except subprocess.TimeoutExpired:
-        _kill_session(process)
+        _kill(process)
     except KeyboardInterrupt:
-        _kill_session(process)
+        _kill(process)
         sys.exit(128 + signal.SIGINT)
     return process.wait()
 
 
-def _kill_session(process: subprocess.Popen[str]) -> None:
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Kills a process, its session, and those below it: torchrun's ranks have sessions of their own."""
+    below = descendants(process.pid)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    kill(below)
 
 
 def run_in_foreground(command: list[str], nproc: int, under_torchrun: bool) -> int:
@@ -181,16 +210,18 @@ def tell(line: str) -> None:
         os.dup2(nowhere, 2)
 
 
-def die_with_parent() -> None:
+def die_with_parent() -> int | None:
     """Asks the kernel for SIGTERM when the parent dies, if the parent is our launcher or torchrun (Linux only).
 
-    A trainer that a person started from a shell is left alone: it may outlive the shell on purpose.
+    Returns the process id of that parent. A trainer that a person started from a shell is left alone, and has none: it
+    may outlive the shell on purpose.
     """
     started_by, by_torchrun = os.environ.pop(STARTED_BY, None), "TORCHELASTIC_RUN_ID" in os.environ
-    if by_torchrun:
-        tie_to_parent(os.getppid())
-    elif started_by:
-        tie_to_parent(int(started_by))
+    if not by_torchrun and not started_by:
+        return None
+    parent = os.getppid() if by_torchrun else int(started_by or 0)
+    tie_to_parent(parent)
+    return parent
 
 
 def tie_to_parent(parent: int) -> None:
@@ -202,15 +233,32 @@ def tie_to_parent(parent: int) -> None:
         sys.exit(128 + signal.SIGTERM)
 
 
-if __name__ == "__main__":  # torchrun, tied to the life of its parent
-    die_with_parent()
+def _torchrun() -> None:
+    """torchrun, tied to the life of its parent, and saying in one line which rank was the first to fail."""
+    from torch.distributed.elastic.multiprocessing import PContext
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
     from gpt2core.flags import NON_FINITE, TRY_AGAIN
 
+    # The default timeout of its `close` is what torchrun uses after a failure, and no option of it says otherwise.
+    PContext.close.__defaults__ = (None, GRACE_AFTER_FAILURE_S)
     try:
         main()
-    except ChildFailedError as failed:  # which has said what; its own exit code would be 1 whatever a rank meant to say
+    except ChildFailedError as failed:  # its own exit code would be 1 whatever a rank meant to say
+        tell(_first_to_fail(failed.failures))
         codes = {failure.exitcode for failure in failed.failures.values()}
         sys.exit(max(codes & {NON_FINITE, TRY_AGAIN}, default=1))
+
+
+def _first_to_fail(failures: Mapping[int, Any]) -> str:
+    """The rank that the others followed; of those that ended in the same second, one that a signal killed."""
+    soonest = min(failure.timestamp for failure in failures.values())
+    rank, first = min(failures.items(), key=lambda item: (item[1].timestamp > soonest + 1, item[1].exitcode >= 0))
+    ended = f"was killed by {first.signal_name()}" if first.exitcode < 0 else f"ended with exit code {first.exitcode}"
+    return f"the first rank to fail was rank {rank}: it {ended}"
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    _torchrun()

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from gpt2core.attempts import Resume, resumes
 from gpt2core.checkpoint_folder import LATEST, CheckpointFolder
 from gpt2core.flags import read_config
 from gpt2core.records import current_best
@@ -133,10 +134,22 @@ def print_status(artifacts: Path) -> None:
     rows = [_status_row(path) for path in configs]
     columns = ("run", "step", "of", "train loss", "val loss", "acc_norm", "tokens/s", "to go", "saved", "age", "disk")
     show(table(f"runs in {artifacts}", columns, rows))
+    for path in configs:
+        _print_resumes(path.parent.name, resumes(RunFolder(artifacts, path.parent.name)))
     best = current_best(artifacts)
     print(
         f"promoted: {best.run_name} step {best.step}, val_loss {best.val_loss:.4f}" if best else "promoted: nothing yet"
     )
+
+
+def _print_resumes(run_name: str, found: list[Resume]) -> None:
+    """How often the pipeline resumed the run, and when and why last."""
+    if found:
+        last, times = found[-1], f"{len(found)} time{'s' if len(found) > 1 else ''}"
+        print(
+            f"{run_name}: resumed {times}, {sum(resume.steps_lost for resume in found)} steps lost in all; "
+            f"last {age(last.at)} ago at step {last.step} ({last.steps_lost} lost): {last.why}"
+        )
 
 
 def _status_row(config_file: Path) -> tuple[Any, ...]:

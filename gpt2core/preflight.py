@@ -12,13 +12,14 @@ from gpt2core.shards import SPLITS, cache_of, check_cache_room, open_shards
 from gpt2core.storage import is_remote, local_path
 
 
-def claim_run(config: RunConfig, launched: LaunchConfig) -> None:
+def claim_run(config: RunConfig, launched: LaunchConfig, force: bool = False) -> None:
     """Writes the run's config.json, after the checks that need no data: before hours of preparation, not after.
 
-    Raises ValueError when the batch does not divide, a GPU is not there, or the folder holds a run with other settings.
+    Raises ValueError when the batch does not divide, a GPU is not there, or, without `force`, the folder holds a run
+    with other settings.
     """
     config.grad_accum_steps(launched.nnodes * num_processes(launched.nproc_per_node, config.train.device))
-    RunFolder.of(config).claim(config)
+    RunFolder.of(config).claim(config, force)
 
 
 def preflight(config: RunConfig, world_size: int) -> list[str]:

@@ -22,6 +22,8 @@ class RunFolder:
         self.evaluations = self.path / "evaluations"
         self.promotion_file = self.path / "promotion.json"  # the last decision on this run
         self.reports = self.path / "reports"
+        self.attempts_file = self.path / "attempts.json"
+        self.heartbeat_file = self.path / "heartbeat.json"
 
         self._config: RunConfig | None = None
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from gpt2core import lock
+from gpt2core import heartbeat, lock
 from gpt2core.checkpoint import Saver, load, load_newest
 from gpt2core.checkpoint_folder import CheckpointFolder
 from gpt2core.config import RunConfig
@@ -22,9 +23,13 @@ from gpt2core.flags import Parser, add_recipe, add_settings, main_guard, run_con
 from gpt2core.launch import die_with_parent, tell
 from gpt2core.metrics import MetricsLog
 from gpt2core.preflight import preflight
+from gpt2core.processes import Process
 from gpt2core.run_folder import RunFolder
 from gpt2core.storage import exists
 from gpt2core.trainer import Trainer
+from gpt2core.watchdog import STACKS_SIGNAL
+
+STDERR = 2  # the descriptor: a test may have put something else in the place of sys.stderr
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +80,8 @@ def train(
 ) -> None:
     """Trains this process's share of the run, from the checkpoint to the end, or to the end of `stop_epoch`."""
     stop = StopRequest()
-    die_with_parent()
+    parent = die_with_parent()
+    faulthandler.register(STACKS_SIGNAL, file=STDERR)
     refuse_silent_overwrite(config, resume)
     if stop_epoch is not None and stop_epoch < 1:
         raise ValueError(f"--stop_epoch {stop_epoch}: epochs are counted from 1")
@@ -86,7 +92,37 @@ def train(
     with contextlib.ExitStack() as held:
         # for the life of the process, and no longer: a second run that would write here is refused, with who holds it
         ranks.on_main(lambda: held.enter_context(lock.hold(folder.path / lock.LOCK_FILE)))
+        _claim_gpu(ranks, held)
+        _begin_heartbeat(folder, ranks, parent)
         _train(config, ranks, resume, force, accept_changed_data, stop_epoch, stop)
+
+
+def _claim_gpu(ranks: Ranks, held: contextlib.ExitStack) -> None:
+    """Takes the lock of this rank's GPU. Raises BlockingIOError on all ranks when another trainer has one of them."""
+    if ranks.device.type != "cuda":
+        return
+    refusal = ""
+    try:
+        uuid = str(torch.cuda.get_device_properties(ranks.device).uuid)
+        held.enter_context(lock.hold(lock.of_gpu(uuid), what=f"GPU {uuid}"))
+    except BlockingIOError as error:
+        refusal = str(error)
+    refusals = [refusal for refusal in ranks.gather(refusal) if refusal]
+
+    def refuse() -> None:
+        if refusals:
+            raise BlockingIOError(refusals[0])
+
+    ranks.on_main(refuse)
+
+
+def _begin_heartbeat(folder: RunFolder, ranks: Ranks, parent: int | None) -> None:
+    own = Process.of(os.getpid())
+    if own is None:  # no /proc
+        return
+    rank = heartbeat.Rank(process=own, parent=parent and Process.of(parent))
+    everyone = ranks.gather(rank.model_dump())
+    ranks.on_main(lambda: heartbeat.begin(folder.heartbeat_file, [heartbeat.Rank(**one) for one in everyone]))
 
 
 def _train(

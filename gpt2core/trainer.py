@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gpt2core import heartbeat
 from gpt2core.checkpoint import Saver, check_same_model
 from gpt2core.checkpoint_folder import BEST, FORMAT, epoch_name
 from gpt2core.config import EvalConfig, RunConfig
@@ -104,6 +105,7 @@ class Trainer:
         stopped = overdue = False
         while self.step < stop_step and not stopped:
             result = self.train_step()
+            heartbeat.under_way()
             self.step += 1
             at_end_of_epoch = self.step % self.steps_per_epoch == 0
             stopped, is_save_due = self.ranks.any(stop.signal is not None, self.is_save_due())
@@ -151,6 +153,7 @@ class Trainer:
                 micro_loss = self.model(inputs, targets) / self.accum_steps
                 micro_loss.backward()
             loss += micro_loss.detach()
+            heartbeat.beat()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), train.grad_clip)
         self._update(grad_norm)
         return StepResult(loss, grad_norm, lr)

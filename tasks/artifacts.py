@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextvars
+import threading
 import time
-from contextvars import copy_context
-from threading import Thread
+from collections.abc import Callable
 from uuid import UUID
 
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 
+from gpt2core.attempts import resumes
+from gpt2core.run_folder import RunFolder
+
 SECONDS_BETWEEN_UPDATES = 5.0
-LAST_UPDATE_S = 5.0
+LAST_UPDATE_S = 5.0  # longest wait for the update that ends a stage
 
 
 def artifact_key(kind: str, name: str) -> str:
@@ -19,17 +23,37 @@ def artifact_key(kind: str, name: str) -> str:
     return f"{kind}-" + "".join(sign if sign.isascii() and sign.isalnum() else "-" for sign in name.lower())
 
 
-class LiveProgress:
-    """A progress bar in the UI, updated at a rate the server does not feel.
+def show_resumes(folder: RunFolder) -> None:
+    """A table of the run's resumes: when, at which step, how many steps were lost, and why."""
+    rows = [resume.model_dump() for resume in resumes(folder)]
+    name = folder.path.name
+    create_table_artifact(rows, key=artifact_key("resumes", name), description=f"Resumes of {name}")
 
-    A thread talks to the server: one that is slow or away costs the stage nothing but the picture.
-    """
+
+def beside(show: Callable[[], object]) -> threading.Thread:
+    """Does it in a thread of its own: with the server away a call takes over a minute, and training shall not wait."""
+    logger = get_run_logger()
+
+    def attempt() -> None:
+        try:
+            show()
+        except Exception as error:  # whatever the way to the server throws: the work matters more than its picture
+            logger.warning(f"not shown in the UI: {error}")
+
+    # the artifact belongs to the task run that the context names
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(attempt,), daemon=True)
+    thread.start()
+    return thread
+
+
+class LiveProgress:
+    """A progress bar in the UI, updated at a rate the server does not feel; the stage never waits for its updates."""
 
     def __init__(self, key: str, description: str) -> None:
         self.key, self.description = key, description
         self.artifact: UUID | None = None
         self.updated = -SECONDS_BETWEEN_UPDATES
-        self._sending: Thread | None = None
+        self._sending: threading.Thread | None = None
 
     def due(self) -> bool:
         return time.monotonic() - self.updated >= SECONDS_BETWEEN_UPDATES and not self.is_sending()
@@ -42,9 +66,7 @@ class LiveProgress:
         if self.is_sending():
             return
         self.updated = time.monotonic()
-        in_this_run = copy_context().run  # the artifact belongs to the task run that the context names
-        self._sending = Thread(target=in_this_run, args=(self._send, percent, description), daemon=True)
-        self._sending.start()
+        self._sending = beside(lambda: self._send(percent, description))
 
     def finish(self, percent: float, description: str) -> None:
         """The last one, which is worth a short wait."""
@@ -56,10 +78,7 @@ class LiveProgress:
         self._sending.join(LAST_UPDATE_S / 2)
 
     def _send(self, percent: float, description: str) -> None:
-        try:
-            if self.artifact is None:
-                self.artifact = create_progress_artifact(percent, key=self.key, description=description)
-            else:
-                update_progress_artifact(self.artifact, percent, description)
-        except Exception as error:  # whatever the way to the server throws: the work matters more than its picture
-            get_run_logger().warning(f"progress not shown in the UI: {error}")
+        if self.artifact is None:
+            self.artifact = create_progress_artifact(percent, key=self.key, description=description)
+        else:
+            update_progress_artifact(self.artifact, percent, description)

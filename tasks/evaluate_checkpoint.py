@@ -14,6 +14,12 @@ from gpt2core.run_folder import RunFolder
 from tasks.stage_process import StageError, run_stage, worth_a_retry
 
 
+def is_there(artifacts_dir: str, run_name: str, checkpoint: str) -> bool:
+    """Whether the run has a whole checkpoint of this name."""
+    name = BEST if checkpoint == "best" else checkpoint
+    return CheckpointFolder(RunFolder(artifacts_dir, run_name).checkpoints).find(name) is not None
+
+
 @task(
     name="evaluate-checkpoint",
     task_run_name="evaluate-{checkpoint} ({run_name})",

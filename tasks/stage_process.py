@@ -12,6 +12,7 @@ from typing import Any
 from prefect.logging import get_run_logger
 
 from gpt2core import launch
+from gpt2core.watchdog import Watchdog
 
 SECONDS_BETWEEN_STEP_LINES = 5.0  # of the lines that every step writes; all others are handed on at once
 TIMESTAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # the log has its own
@@ -24,6 +25,12 @@ REFUSAL = re.compile(r"^\S+: error: (.*)")  # as gpt2core.flags.main_guard print
 
 class StageError(RuntimeError):
     """A stage's process crashed; the message carries the end of its output."""
+
+    @property
+    def sentence(self) -> str:
+        """What ended, and the last that it said."""
+        lines = [line for line in str(self).splitlines() if line.strip()]
+        return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1].strip()}"
 
 
 class StageRefusedError(ValueError):
@@ -66,10 +73,11 @@ def run_stage(
     nproc: int = 1,
     torchrun_flags: Sequence[str] = (),
     look: Callable[[], None] | None = None,
+    watchdog: Watchdog | None = None,
 ) -> None:
     """Runs `python -m module arguments`, under torchrun when there are flags for it; `look` is called after each line.
 
-    Raises StageRefusedError or StageError when it fails. Whatever ends this task (a cancel, too) first lets the process save and end.
+    Raises StageRefusedError or StageError when it fails or the watchdog kills it. Whatever ends this task (a cancel, too) first lets the process save and end.
     """
     logger = get_run_logger()
     tail: list[str] = []
@@ -80,7 +88,8 @@ def run_stage(
         nonlocal last_step_line, refusal
         if match := REFUSAL.match(line):
             refusal = match[1]
-        tail.append(line)
+        if line.strip():
+            tail.append(line)
         del tail[:-TAIL_LINES]
         if STEP_LINE.search(line):
             if time.monotonic() - last_step_line < SECONDS_BETWEEN_STEP_LINES:
@@ -90,7 +99,9 @@ def run_stage(
         if look:
             look()
 
-    exit_code = launch.run(launch.python_command(module, arguments, torchrun_flags), on_line, nproc)
+    exit_code = launch.run(launch.python_command(module, arguments, torchrun_flags), on_line, nproc, watchdog)
+    if watchdog and watchdog.hung:
+        raise StageError(f"python -m {module} made {watchdog.hung}")
     if exit_code and refusal:
         raise StageRefusedError(refusal)
     if exit_code:

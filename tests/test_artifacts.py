@@ -11,10 +11,11 @@ ROOT = Path(__file__).parents[1]
 
 STAGE = """
 import sys
+from prefect.logging import disable_run_logger
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from tasks.artifacts import LiveProgress
 
-with temporary_settings({PREFECT_API_URL: sys.argv[1]}):
+with temporary_settings({PREFECT_API_URL: sys.argv[1]}), disable_run_logger():
     bar = LiveProgress("stage", "a stage")
     for percent in range(100):
         if bar.due():

@@ -1,0 +1,95 @@
+"""One trainer at a time in a run's folder and on a GPU; who must wait says for whom, in its log and its state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from prefect.client.orchestration import get_client
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from prefect.states import Running
+
+from gpt2core import heartbeat, lock
+from gpt2core.launch import GRACE_S
+from gpt2core.processes import Process, kill
+from gpt2core.run_folder import RunFolder
+
+SECONDS_BETWEEN_LOOKS = 1.0
+
+
+@contextmanager
+def run_held(artifacts_dir: str, run_name: str) -> Iterator[None]:
+    """Has the run's folder for this flow alone for the length of the block; waits while another flow has it.
+
+    The kernel frees the lock when this process dies: that is how the reaper knows.
+    """
+    folder = RunFolder(artifacts_dir, run_name)
+    waited = False
+
+    def on_wait(holder: str) -> None:
+        nonlocal waited
+        waited = True
+        _say_waiting(f"{folder.path} is in use by the flow of {holder}")
+
+    with lock.hold(folder.path / lock.FLOW_LOCK_FILE, on_wait=on_wait):
+        if waited:
+            _say_going_on()
+        yield
+
+
+def wait_for_trainers(folder: RunFolder, gpus: list[str]) -> None:
+    """Returns when no other trainer has the run's folder or one of these GPUs.
+
+    Ranks of an earlier attempt that outlive what started them are saving; they get as long as after a SIGTERM, and are
+    killed then.
+    """
+    started, told = time.monotonic(), ""
+    while why := _in_use(folder, gpus):
+        if why != told:
+            _say_waiting(why)
+            told = why
+        if (orphans := _orphans(folder)) and time.monotonic() - started > GRACE_S:
+            get_run_logger().warning(f"killing ranks that an earlier attempt left: {[one.pid for one in orphans]}")
+            kill(orphans)
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    if told:
+        _say_going_on()
+
+
+def _in_use(folder: RunFolder, gpus: list[str]) -> str | None:
+    locks: dict[str, Path] = {str(folder.path): folder.path / lock.LOCK_FILE}
+    locks |= {f"GPU {uuid}": lock.of_gpu(uuid) for uuid in gpus}
+    for what, path in locks.items():
+        if holder := lock.holder(path):
+            return f"{what} is in use by {holder}"
+    if orphans := _orphans(folder):
+        return f"an earlier attempt at {folder.path} still has process {orphans[0].pid}"
+    return None
+
+
+def _orphans(folder: RunFolder) -> list[Process]:
+    trainer = heartbeat.read(folder.heartbeat_file)
+    return trainer.orphans() if trainer else []
+
+
+def _say_waiting(why: str) -> None:
+    get_run_logger().warning(f"queued: {why}")
+    _name_state("Queued", f"Waits: {why}.")
+
+
+def _say_going_on() -> None:
+    get_run_logger().info("no longer queued")
+    _name_state("Running", "")
+
+
+def _name_state(name: str, message: str) -> None:
+    if not flow_run.id:
+        return
+    try:
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(flow_run.id, Running(name=name, message=message))
+    except Exception as error:  # whatever the way to the server throws: the log has said it
+        get_run_logger().warning(f"state not shown in the UI: {error}")
