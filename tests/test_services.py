@@ -26,6 +26,7 @@ from conftest import descendants, is_alive, wait_until
 
 ROOT = Path(__file__).parents[1]
 DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
+SAMPLE = ROOT / "data" / "sample" / "tinyshakespeare.txt"
 SERVICES = ("server", "tensorboard", "worker")
 PASSWORD = "admin:correct-horse-battery-staple"
 
@@ -95,6 +96,12 @@ class Installation:
                 probe.bind(("127.0.0.1", port))
 
 
+def prepare(data_dir: Path, source: object = SAMPLE) -> list[str]:
+    """The deployment that tokenizes the sample, and its parameters."""
+    data = {"source": str(source), "data_dir": str(data_dir), "shard_size": 32768}
+    return ["prepare-dataset/fineweb-edu", "--param", f"data={json.dumps(data)}"]
+
+
 @pytest.fixture(scope="module")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """One that is up, with a password on its server."""
@@ -132,15 +139,12 @@ def test_the_server_answers_only_who_has_the_password_and_tells_nobody(installat
             installation.api("/flow_runs/filter", {}, password)
         assert refused.value.code == 401
 
-    data = {"source": str(ROOT / "data/sample/tinyshakespeare.txt"), "data_dir": str(tmp_path / "data")}
-    data["shard_size"] = "32768"
-    run = ["prepare-dataset/fineweb-edu", "--param", f"data={json.dumps(data)}", "--watch"]
-    assert "Completed" in installation.prefect("deployment", "run", *run)
+    assert "Completed" in installation.prefect("deployment", "run", *prepare(tmp_path / "data"), "--watch")
     assert (tmp_path / "data" / "manifest.json").exists()
 
     stored = installation.api("/flow_runs/count", {})
     with pytest.raises(AssertionError, match=r"data\.source"):
-        installation.prefect("deployment", "run", run[0], "--param", 'data={"source": "https://me:hunter2@host/x.txt"}')
+        installation.prefect("deployment", "run", *prepare(tmp_path / "data", "https://me:hunter2@host/x.txt"))
     assert installation.api("/flow_runs/count", {}) == stored
     assert "hunter2" not in installation.logs()
 
@@ -312,9 +316,7 @@ def test_on_postgresql_a_run_waits_out_a_reboot_and_is_done_by_the_units(postgre
         assert up.returncode == 0, up.stdout + up.stderr + installation.logs()
         assert f"postgresql+asyncpg://127.0.0.1:{postgres.port}/postgres" in up.stdout
         os.kill(installation.pids()["worker"], signal.SIGKILL)
-        data = {"source": str(ROOT / "data/sample/tinyshakespeare.txt"), "data_dir": str(tmp_path / "data")}
-        run = ["prepare-dataset/fineweb-edu", "--param", f"data={json.dumps(data | {'shard_size': 32768})}"]
-        installation.prefect("deployment", "run", *run)
+        installation.prefect("deployment", "run", *prepare(tmp_path / "data"))
         for pid in installation.pids().values():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
