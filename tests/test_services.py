@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import descendants, is_alive, wait_until
+from conftest import is_alive, wait_until
 
 ROOT = Path(__file__).parents[1]
 DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
@@ -330,10 +332,8 @@ def test_on_postgresql_a_run_waits_out_a_reboot_and_is_done_by_the_units(postgre
         for name in ("worker", "tensorboard", "server"):  # the worker first: it may not need the order
             command, settings, folder = exec_start(tmp_path / "units" / f"gpt2-{name}.service")
             booted.append(Restarted(command, installation.environment | settings, folder, tmp_path / f"{name}.log"))
-        wait_until(
-            lambda: "COMPLETED" in postgres.query("select state_type from flow_run"),
-            "the run that waited to be completed",
-        )
+        state = "select state_type from flow_run join flow on flow.id = flow_id where flow.name = 'prepare-dataset'"
+        wait_until(lambda: postgres.query(state) == "COMPLETED", "the run that waited to be completed")
     finally:
         for service in booted:
             service.stop()
@@ -348,19 +348,25 @@ class Restarted:
     """A process with systemd's Restart=always."""
 
     def __init__(self, command: list[str], environment: dict[str, str], folder: str, log: Path) -> None:
-        loop = ["bash", "-c", 'trap "kill \\$child; exit" TERM; while :; do "$@" & child=$!; wait $child; done', "unit"]
-        with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                [*loop, *command],
-                cwd=folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+        self._start = functools.partial(
+            subprocess.Popen,
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log.open("ab"),
+            stderr=subprocess.STDOUT,
+        )
+        self.process = self._start()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._keep_running)
+        self._thread.start()
+
+    def _keep_running(self) -> None:
+        while self.process.wait() is not None and not self._stopped.is_set():
+            self.process = self._start()
 
     def stop(self) -> None:
-        below = descendants(self.process.pid)
+        self._stopped.set()
         self.process.terminate()
-        self.process.wait(60)
-        wait_until(lambda: not any(is_alive(pid) for pid in below), "the service to end")
+        self._thread.join()
