@@ -30,7 +30,7 @@ def as_job(configuration: type, template: dict[str, Any], job_variables: dict[st
     validate(job_variables, template["variables"], raise_on_error=True)
     known = template["variables"]["properties"]
     assert job_variables.keys() <= known.keys()
-    defaults = {name: schema["default"] for name, schema in known.items() if "default" in schema}
+    defaults = {name: schema["default"] for name, schema in known.items() if schema.get("default") is not None}
     return configuration(**apply_values(template["job_configuration"], defaults | job_variables))
 
 
