@@ -19,8 +19,10 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from orchestration import Orchestration
 from servers import http_files, hub, s3, s3_server  # noqa: F401  fixtures
 
+from gpt2core.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
 from gpt2core.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -152,6 +154,7 @@ class Lab:
     """How the tests start things."""
 
     hellaswag = HELLASWAG
+    deadline_s = DEADLINE_S
     steps_per_epoch, max_steps = STEPS_PER_EPOCH, MAX_STEPS
     wait_until = staticmethod(wait_until)
     is_alive = staticmethod(is_alive)
@@ -166,6 +169,17 @@ class Lab:
         """Flags of the tiny run, named `tiny`; `changes` to a setting, or None to leave one out."""
         settings = {"data_dir": self.data_dir, "artifacts_dir": artifacts_dir, "run_name": "tiny"} | SETTINGS | changes
         return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+
+    def parameters(self, artifacts_dir: Path, run_name: str = "tiny", **changes: Any) -> dict[str, Any]:
+        """The same run as parameters of the deployment train/gpt2-124m, in two processes."""
+        settings = {"data_dir": str(self.data_dir)} | SETTINGS | changes
+        groups = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "evaluation": EvalConfig}
+        of_groups = {
+            group: {name: value for name, value in settings.items() if name in model.model_fields}
+            for group, model in groups.items()
+        }
+        start = {"run_name": run_name, "artifacts_dir": str(artifacts_dir), "launch": {"nproc_per_node": 2}}
+        return start | of_groups
 
     def command(self, module: str, arguments: list[str], nproc: int = 1) -> list[str]:
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m"] if nproc > 1 else []
@@ -278,6 +292,18 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     done = lab.run("gpt2core.cli", ["prepare", *source])
     assert done.returncode == 0, done.stderr
     return lab
+
+
+@pytest.fixture(scope="session")
+def orchestration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orchestration]:
+    """A Prefect server with all deployments; a test that starts a worker ends it."""
+    started = Orchestration(tmp_path_factory.mktemp("orchestration"))
+    try:
+        started.start_server()
+        started.deploy()
+        yield started
+    finally:
+        started.end()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,131 @@
+"""Crash means resume: training on a real server and worker, killed in every way, ends Completed and with the same bits.
+
+The suite has a kill of worker and flow, a cancel, a queue and the bound on attempts. All faults, with the waits that a
+real recovery has, are `pytest -m soak tests/test_recovery.py`, which prints a table.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from orchestration import Orchestration, kill_now, ranks
+
+from flows.automations import AUTOMATIONS, ensure_automations
+from flows.reaper import reaper
+from gpt2core import attempts, lock
+from gpt2core.checkpoint_folder import CheckpointFolder
+from gpt2core.run_folder import RunFolder
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+TRAIN = "train/gpt2-124m"
+STEPS_PER_EPOCH = 150
+
+
+@pytest.fixture(scope="module")
+def reference(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("reference")
+    lab.train(lab.flags(folder, steps_per_epoch=STEPS_PER_EPOCH), nproc=2)
+    return folder / "tiny"
+
+
+def last_logged(lab: Any, run: Path) -> int:
+    return max((line["step"] for line in lab.metrics(run) if "loss" in line), default=0)
+
+
+def wait_for_step(orchestration: Orchestration, lab: Any, run: Path, step: int) -> None:
+    orchestration.wait_until(lambda: last_logged(lab, run) >= step, f"step {step} of {run}")
+
+
+def saved_step(run: Path) -> int:
+    found = CheckpointFolder(run / "checkpoints").find("latest")
+    assert found
+    return found.sidecar.step
+
+
+def test_automations_are_made_once_and_put_right(orchestration: Orchestration) -> None:
+    with orchestration.client() as client:
+        assert set(ensure_automations().values()) <= {"made", "left as it is"}
+        before = {one.name: one.id for one in client.read_automations()}
+        assert before.keys() >= {one.name for one in AUTOMATIONS}
+        assert set(ensure_automations().values()) == {"left as it is"}
+        zombie = client.read_automations_by_name("gpt2-zombie")[0]
+        changed = {"description": "another", "enabled": False}
+        client.update_automation(zombie.id, AUTOMATIONS[0].model_copy(update=changed))
+        assert ensure_automations() == {"gpt2-zombie": "corrected", "gpt2-retry": "left as it is"}
+        assert ensure_automations()["gpt2-zombie"] == "left as it is, switched off"
+        assert {one.name: one.id for one in client.read_automations()} == before
+        client.resume_automation(zombie.id)
+
+
+def test_a_cancel_saves_a_queue_shows_and_attempts_have_a_bound(
+    orchestration: Orchestration, lab: Any, tmp_path: Path
+) -> None:
+    endless = lab.parameters(tmp_path, "endless", steps_per_epoch=100_000, checkpoint_freq=0, eval_freq=0)
+    busy = lab.parameters(tmp_path, "busy")
+    doomed = lab.parameters(tmp_path, "doomed", steps_per_epoch=100_000, checkpoint_freq=0, eval_freq=0)
+    doomed["recovery"] = {"max_attempts": 2}
+    orchestration.start_worker()
+    with lock.hold(tmp_path / "busy" / lock.FLOW_LOCK_FILE):
+        cancelled = orchestration.start_run(TRAIN, endless)
+        queued = orchestration.start_run(TRAIN, busy)
+        failed = orchestration.start_run(TRAIN, doomed)
+
+        orchestration.wait_for_state(queued, "Queued")
+        state = orchestration.run(queued).state
+        assert state and f"in use by the flow of process {os.getpid()} on " in (state.message or "")
+        orchestration.cancel(queued)
+
+        wait_for_step(orchestration, lab, tmp_path / "endless", 3)
+        orchestration.cancel(cancelled)
+        for run in (queued, cancelled):
+            orchestration.wait_for_state(run, "Cancelled")
+    assert saved_step(tmp_path / "endless") == last_logged(lab, tmp_path / "endless")
+    assert [attempt.outcome for attempt in attempts.read(RunFolder(tmp_path, "endless"))] == ["stopped"]
+
+    killed: set[int] = set()
+
+    def killed_again() -> bool:
+        for pid in set(ranks(tmp_path / "doomed")) - killed:
+            kill_now(pid)
+            killed.add(pid)
+        return orchestration.state(failed) == "Failed"
+
+    orchestration.wait_until(killed_again, "the run to be given up")
+    state = orchestration.run(failed).state
+    assert state and "given up after 2 attempts in a row without a new checkpoint" in (state.message or "")
+    assert (state.message or "").count("was killed by SIGKILL") == 2
+    assert orchestration.state(cancelled) == "Cancelled"
+    assert orchestration.run(cancelled).run_count == 1
+    orchestration.kill_worker(signal.SIGTERM)
+
+
+def test_a_run_whose_worker_and_flow_are_killed_goes_on_to_the_same_bits(
+    orchestration: Orchestration, lab: Any, tmp_path: Path, reference: Path
+) -> None:
+    """As a machine that goes down while no automation sees it: the reaper finds the run, a new worker resumes it."""
+    run = tmp_path / "tiny"
+    orchestration.start_worker()
+    flow_run = orchestration.start_run(TRAIN, lab.parameters(tmp_path, steps_per_epoch=STEPS_PER_EPOCH))
+    wait_for_step(orchestration, lab, run, 30)
+    flow, trainers = orchestration.flow_process(flow_run), ranks(run)
+    assert flow
+    orchestration.kill_worker()
+    kill_now(flow)
+    orchestration.wait_until(lambda: not any(map(lab.is_alive, trainers)), "the trainer to end by itself")
+    assert 30 <= saved_step(run) == last_logged(lab, run) < 2 * STEPS_PER_EPOCH
+    assert orchestration.state(flow_run) == "Running"  # nobody has told the server
+    orchestration.start_worker()
+    with orchestration.client():
+        orchestration.wait_until(lambda: reaper(dead_for_s=1), "the reaper to find the run")
+    orchestration.wait_for_state(flow_run, "Completed")
+    lab.assert_same_run(run, reference, max_steps=2 * STEPS_PER_EPOCH)
+    (resume,) = attempts.resumes(RunFolder(tmp_path, "tiny"))
+    assert resume.step >= 30
+    assert (resume.steps_lost, resume.why) == (0, attempts.CUT_OFF)
+    orchestration.kill_worker(signal.SIGTERM)

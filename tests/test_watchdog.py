@@ -1,0 +1,113 @@
+"""A rank that hangs: noticed from outside, its peers' stacks shown, all of it killed, and the run resumes to the same bits."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpt2core import heartbeat, launch
+from gpt2core.checkpoint import Saver
+from gpt2core.checkpoint_folder import CheckpointFolder
+from gpt2core.config import ModelConfig
+from gpt2core.distributed import Ranks
+from gpt2core.evaluation import validation_loss
+from gpt2core.hellaswag import evaluate_hellaswag, load_hellaswag
+from gpt2core.loader import Sequences
+from gpt2core.model import GPT
+from gpt2core.processes import Process
+from gpt2core.shards import open_shards
+from gpt2core.watchdog import Watchdog
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+ENDLESS = {"steps_per_epoch": 100_000, "keep_checkpoints": 1, "eval_freq": 0}
+
+
+def train(
+    lab: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], nproc: int, watchdog: Watchdog
+) -> tuple[int, list[str]]:
+    """Trains under the watchdog; returns the exit code and the output."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, lab.environment()[name])
+    lines: list[str] = []
+    code = launch.run(launch.python_command("gpt2core.train", arguments, nproc), lines.append, nproc, watchdog)
+    return code, lines
+
+
+def ranks_at_step(lab: Any, run: Path, step: int) -> list[Process]:
+    lab.wait_until(lambda: any(line["step"] >= step and "loss" in line for line in lab.metrics(run)), f"step {step}")
+    trainer = heartbeat.read(run / "heartbeat.json")
+    assert trainer and trainer.is_under_way
+    return [rank.process for rank in trainer.ranks]
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_is_noticed_killed_and_the_run_resumes_to_the_same_bits(
+    lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, straight_two_ranks: Path
+) -> None:
+    run = tmp_path / "tiny"
+    flags = [*lab.flags(tmp_path), "--resume", "latest"]
+    watchdog = Watchdog(run / "heartbeat.json", limit_s=3, start_limit_s=120)
+    with ThreadPoolExecutor() as pool:
+        attempt = pool.submit(train, lab, monkeypatch, flags, 2, watchdog)
+        processes = ranks_at_step(lab, run, 5)
+        os.kill(processes[1].pid, signal.SIGSTOP)
+        code, lines = attempt.result(lab.deadline_s)
+    output = "\n".join(lines)
+    assert code != 0
+    assert watchdog.hung and watchdog.hung.startswith("no progress for 3 s")
+    assert re.search(r'File ".*trainer\.py", line \d+ in (train_step|fit)', output), output  # of rank 0, which could
+    assert not any(process.is_alive() for process in processes)
+    assert max(lab.logged(run, "loss")) < lab.max_steps
+    watchdog = Watchdog(run / "heartbeat.json", limit_s=0, start_limit_s=0)
+    assert train(lab, monkeypatch, flags, 2, watchdog)[0] == 0
+    assert watchdog.hung is None
+    lab.assert_same_run(run, straight_two_ranks)
+
+
+@pytest.mark.slow
+def test_a_trainer_that_hangs_before_its_first_step_has_the_longer_limit(
+    lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "tiny"
+    watchdog = Watchdog(run / "heartbeat.json", limit_s=0.001, start_limit_s=4)
+    with ThreadPoolExecutor() as pool:
+        attempt = pool.submit(train, lab, monkeypatch, lab.flags(tmp_path, **ENDLESS), 1, watchdog)
+        trainer = lab.wait_until(lambda: heartbeat.read(run / "heartbeat.json"), "the heartbeat")
+        os.kill(trainer.ranks[0].process.pid, signal.SIGSTOP)
+        code, lines = attempt.result(lab.deadline_s)
+    assert code == -signal.SIGKILL, lines
+    assert watchdog.hung and watchdog.hung.startswith("no progress for 4 s")
+
+
+@pytest.fixture
+def beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A heartbeat file that is old; calling it says whether it was touched since."""
+    file = tmp_path / "heartbeat.json"
+    heartbeat.begin(file, [])
+    monkeypatch.setattr(heartbeat, "SECONDS_BETWEEN_BEATS", 0.0)
+    os.utime(file, (0, 0))
+    yield lambda: file.stat().st_mtime > 0
+    heartbeat._file = None
+
+
+@pytest.mark.parametrize("phase", ["validation", "HellaSwag", "a checkpoint"])
+def test_long_phases_are_progress(lab: Any, tmp_path: Path, beats: Any, phase: str) -> None:
+    model = GPT(ModelConfig(context_length=32, num_layers=1, embd_size=32, num_heads=2))
+    if phase == "validation":
+        sequences = Sequences(open_shards(str(lab.data_dir), "val"), 32)
+        validation_loss(lambda *batch: model(*batch, reduction="none"), sequences, 1024, 4, ALONE)
+    elif phase == "HellaSwag":
+        evaluate_hellaswag(model, load_hellaswag(str(lab.hellaswag))[:2], ALONE)
+    else:
+        saver = Saver(CheckpointFolder(tmp_path / "checkpoints"), 1, print)
+        saver.begin({"step": 1, "epoch": 0, "weights": torch.zeros(3_000_000)}, [])
+        saver.finish()
+    assert beats()
