@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from gpt2core.config import LaunchConfig
+from gpt2core.flags import as_flags
+
 ROOT = Path(__file__).parents[1]
 PORT = 29501
 
@@ -94,10 +97,14 @@ class Job:
         self.lab, self.nodes, self.run = lab, nodes, artifacts / "tiny"
         self.flags = [*lab.flags(artifacts), "--resume", "latest"]
 
+    def launch(self, node: Node) -> LaunchConfig:
+        endpoint = f"{self.nodes[0].address}:{PORT}"
+        return LaunchConfig(
+            nnodes=2, nproc_per_node=1, rdzv_endpoint=endpoint, local_addr=node.address, rdzv_timeout_s=120
+        )
+
     def start(self, node: Node) -> subprocess.Popen[bytes]:
-        launch = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_endpoint", f"{self.nodes[0].address}:{PORT}"]
-        launch += ["--local_addr", node.address, "--rdzv_timeout_s", "120"]
-        train = [sys.executable, "-m", "gpt2core.cli", "train", *launch, *self.flags]
+        train = [sys.executable, "-m", "gpt2core.cli", "train", *as_flags(self.launch(node)), *self.flags]
         again = ["bash", "-c", 'until "$@"; do echo "-- again --"; done', "until", *train]
         return node.run(again, self.lab.environment(), self.output(node))
 
@@ -126,5 +133,51 @@ def test_one_of_two_machines_dies_and_comes_back(lab: Any, straight_two_ranks: P
     second = job.start(nodes[1])
     for process in (first, second):
         assert process.wait(240) == 0, job.outputs()
-    assert "resumed from" in job.outputs()
+    assert "-- again --" in job.output(nodes[0]).read_text()
     lab.assert_same_run(job.run, straight_two_ranks)
+
+
+@pytest.mark.soak
+def test_a_machine_that_vanishes_from_the_network_and_comes_back(
+    lab: Any, straight_two_ranks: Path, nodes: list[Node], tmp_path: Path
+):
+    """No connection of the other is closed by its death."""
+    job = Job(lab, nodes, tmp_path / "artifacts")
+    first = job.start(nodes[0])
+    job.start(nodes[1])
+    job.wait_for_step(6)
+    nodes[1].unplug()
+    nodes[1].kill()
+    nodes[1].plug_in()
+    second = job.start(nodes[1])
+    for process in (first, second):
+        assert process.wait(240) == 0, job.outputs()
+    lab.assert_same_run(job.run, straight_two_ranks)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_the_pipeline_leads_on_one_machine_and_another_joins_it_though_it_dies(
+    lab: Any, straight_two_ranks: Path, nodes: list[Node], tmp_path: Path
+):
+    job = Job(lab, nodes, tmp_path / "artifacts")
+    prefect = [{"PREFECT_HOME": str(tmp_path / node.name)} for node in nodes]
+    flags = [*lab.flags(tmp_path / "artifacts"), "--hellaswag", str(lab.hellaswag), *as_flags(job.launch(nodes[0]))]
+    lead = [sys.executable, "-m", "flows.pretrain", "--source", str(lab.source), "--shard_size", "32768", *flags]
+    code = (
+        "from flows.join_training import join_training; from gpt2core.config import LaunchConfig; import sys\n"
+        "join_training('tiny', sys.argv[1], LaunchConfig.model_validate_json(sys.argv[2]))"
+    )
+    join = [sys.executable, "-c", code, str(tmp_path / "artifacts"), job.launch(nodes[1]).model_dump_json()]
+    first = nodes[0].run(lead, lab.environment() | prefect[0], job.output(nodes[0]))
+    nodes[1].run(join, lab.environment() | prefect[1], job.output(nodes[1]))
+    job.wait_for_step(6)
+    nodes[1].kill()
+    second = nodes[1].run(join, lab.environment() | prefect[1], job.output(nodes[1]))
+    for process in (first, second):
+        assert process.wait(400) == 0, job.outputs()
+    mine, others = lab.latest(job.run), lab.latest(straight_two_ranks)
+    for name in ("step", "train_loss", "val_loss", "model", "optimizer", "rng", "data"):
+        lab.assert_same(mine[name], others[name], name)
+    assert lab.logged(job.run, "loss") == lab.logged(straight_two_ranks, "loss")
+    assert (tmp_path / "artifacts" / "best" / "model.safetensors").exists()
