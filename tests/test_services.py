@@ -158,6 +158,33 @@ def test_the_server_answers_only_who_has_the_password_and_tells_nobody(installat
 
 
 @pytest.mark.slow
+@pytest.mark.soak
+def test_a_worker_in_a_slurm_allocation_ends_when_told_and_the_job_is_queued_again(
+    installation: Installation, tmp_path: Path
+):
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')  # stands in for Slurm's
+    (tmp_path / "scontrol").chmod(0o755)
+    (tmp_path / ".venv").symlink_to(Path(sys.executable).parents[1])
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "PREFECT_API_URL": installation.api_url}
+    job = subprocess.Popen(
+        ["bash", ROOT / "pools" / "slurm-worker.sbatch", "allocation"],
+        cwd=tmp_path,
+        env=installation.environment | path,
+    )
+    wait_until(lambda: online(installation, "allocation") == ["slurm-7"], "the worker to be online")
+    job.send_signal(signal.SIGTERM)
+    job.wait(60)
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+
+
+def online(installation: Installation, pool: str) -> list[str]:
+    try:
+        return [worker["name"] for worker in installation.api(f"/work_pools/{pool}/workers/filter", {})]
+    except urllib.error.HTTPError:  # the pool is not there yet
+        return []
+
+
+@pytest.mark.slow
 def test_down_ends_what_up_started_and_nothing_else_and_up_brings_back_what_died(installation: Installation):
     os.kill(installation.pids()["worker"], signal.SIGKILL)
     wait_until(lambda: not is_alive(installation.pids()["worker"]), "the worker's end")
