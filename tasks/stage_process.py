@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -105,4 +106,7 @@ def run_stage(
     if exit_code and refusal:
         raise StageRefusedError(refusal)
     if exit_code:
-        raise StageError(f"python -m {module} ended with exit code {exit_code}:\n" + "\n".join(tail))
+        ended = (
+            f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
+        )
+        raise StageError(f"python -m {module} {ended}:\n" + "\n".join(tail))

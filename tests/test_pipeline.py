@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,6 @@ import yaml
 from gpt2core.config import RECIPES, DataConfig, EvalConfig, LaunchConfig, ModelConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
-PREFECT = [sys.executable, "-m", "prefect"]
 
 TINY = {
     "model": {"context_length": 32, "num_layers": 2, "embd_size": 32, "num_heads": 2},
@@ -190,89 +186,52 @@ def test_what_no_retry_can_cure_fails_at_once_with_a_sentence(tmp_path, environm
     assert not (tmp_path / "artifacts" / "tiny" / "metrics.jsonl").exists()
 
 
-@pytest.fixture
-def server(tmp_path: Path, environment: dict[str, str]) -> Iterator[dict[str, str]]:
-    """A Prefect server on a free local port; yields the environment of its clients."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = (tmp_path / "server.log").open("w")
-    process = subprocess.Popen(
-        [*PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-        cwd=ROOT,
-        env=environment,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    url = f"http://127.0.0.1:{port}/api"
-
-    def answers() -> bool | None:
-        try:
-            return urllib.request.urlopen(f"{url}/health", timeout=5).status == 200 or None
-        except OSError:
-            return None
-
-    try:
-        wait_for(answers, process, 120)
-        yield environment | {"PREFECT_API_URL": url}
-    finally:
-        process.terminate()
-        process.wait(30)
-        log.close()
-
-
-def prefect(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*PREFECT, *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=300,
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-def test_deployments_run_on_a_worker_and_misspelt_parameters_are_refused(tmp_path, server):
-    assert prefect(["work-pool", "create", "--type", "process", "local"], server).returncode == 0
-    deployed = prefect(["deploy", "--all"], server)
-    assert deployed.returncode == 0, deployed.stdout + deployed.stderr
-    listed = prefect(["deployment", "ls"], server).stdout
+def test_deployments_run_on_a_worker_and_misspelt_parameters_are_refused(tmp_path, orchestration):
+    listed = orchestration.prefect("deployment", "ls").stdout
     for entry in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]:
-        flow = entry["entrypoint"].split(".")[1].replace("_", "-")
+        flow = entry["entrypoint"].split(".")[-1].replace("_", "-")
         assert f"{flow}/{entry['name']}" in listed
 
     for wrong, named in [("trian={}", "trian"), ('train={"max_rl": 1}', "max_rl"), ('train={"max_lr": -1}', "max_lr")]:
-        refused = prefect(["deployment", "run", "pretrain/demo", "--param", wrong], server)
+        refused = orchestration.prefect("deployment", "run", "pretrain/demo", "--param", wrong)
         assert refused.returncode != 0
         assert named in refused.stdout + refused.stderr
 
-    parameters = [f"{name}={json.dumps(value)}" for name, value in tiny(tmp_path).items()]
-    started = prefect(
-        ["deployment", "run", "pretrain/demo", *(word for p in parameters for word in ("--param", p))], server
-    )
+    words = [word for name, value in tiny(tmp_path).items() for word in ("--param", f"{name}={json.dumps(value)}")]
+    started = orchestration.prefect("deployment", "run", "pretrain/demo", *words)
     assert started.returncode == 0, started.stdout + started.stderr
-    worked = prefect(["worker", "start", "--pool", "local", "--run-once"], server)
+    worked = orchestration.prefect("worker", "start", "--pool", "local", "--run-once")
     assert "Finished in state Completed" in worked.stdout + worked.stderr, worked.stdout + worked.stderr
     assert (tmp_path / "artifacts/best/model.safetensors").exists()
 
     run = {"run_name": "tiny", "artifacts_dir": str(tmp_path / "artifacts")}
-    single = [
-        ("evaluate/checkpoint", run | {"checkpoint": "epoch_00001", "force": True, "device": "cpu"}),
-        ("promote/best", run),
-        ("train/gpt2-124m", tiny(tmp_path) | {"stop_epoch": 1}),
-        ("prepare-dataset/fineweb-edu", {"data": tiny(tmp_path)["data"]}),
-    ]
-    for deployment, given in single:
-        words = [word for name, value in given.items() for word in ("--param", f"{name}={json.dumps(value)}")]
-        started = prefect(["deployment", "run", deployment, *words], server)
-        assert started.returncode == 0, started.stdout + started.stderr
-    worked = prefect(["worker", "start", "--pool", "local", "--run-once"], server)
-    completed = re.findall(r"Flow run '(\S+).*Finished in state Completed", worked.stdout + worked.stderr)
-    assert sorted(completed) == ["evaluate", "prepare-dataset", "promote", "train"], worked.stdout + worked.stderr
+    training = {name: value for name, value in tiny(tmp_path).items() if name != "runner"}
+    single = {
+        deployment: orchestration.start_run(deployment, parameters)
+        for deployment, parameters in [
+            ("evaluate/checkpoint", run | {"checkpoint": "epoch_00001", "force": True, "device": "cpu"}),
+            ("evaluate/nightly", run | {"run_name": "not_begun", "if_there": True}),
+            ("promote/best", run),
+            ("report/run", run),
+            ("train/gpt2-124m", training | {"stop_epoch": 1}),
+            ("train-epoch/gpt2-124m", training | {"epoch": 2}),
+            ("prepare-dataset/fineweb-edu", {"data": tiny(tmp_path)["data"]}),
+        ]
+    }
+    changed = training | {"train": training["train"] | {"max_lr": 2e-3}}
+    refused_run = orchestration.start_run("train-epoch/gpt2-124m", changed)
+    too_late = orchestration.start_run("train-epoch/gpt2-124m", training | {"epoch": 3})
+    worked = orchestration.prefect("worker", "start", "--pool", "local", "--run-once")
+    for deployment, run_id in single.items():
+        assert orchestration.state(run_id) == "Completed", f"{deployment}: {worked.stdout}{worked.stderr}"
+    for run_id, sentence in [
+        (refused_run, "holds a run with other settings (train.max_lr: 0.001 -> 0.002)"),
+        (too_late, "epoch 3 cannot be trained now: the run has 2 epochs"),
+    ]:
+        state = orchestration.run(run_id).state
+        assert state.name == "Failed" and sentence in state.message
 
 
 def test_the_demo_deployment_is_the_demo_recipe():

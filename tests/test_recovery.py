@@ -23,15 +23,7 @@ from gpt2core.run_folder import RunFolder
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 TRAIN = "train/gpt2-124m"
-STEPS_PER_EPOCH = 150
-
-
-@pytest.fixture(scope="module")
-def reference(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing happens to."""
-    folder = tmp_path_factory.mktemp("reference")
-    lab.train(lab.flags(folder, steps_per_epoch=STEPS_PER_EPOCH), nproc=2)
-    return folder / "tiny"
+ENDLESS = {"steps_per_epoch": 100_000, "eval_freq": 0, "checkpoint_freq": 0}
 
 
 def last_logged(lab: Any, run: Path) -> int:
@@ -66,10 +58,10 @@ def test_automations_are_made_once_and_put_right(orchestration: Orchestration) -
 def test_a_cancel_saves_a_queue_shows_and_attempts_have_a_bound(
     orchestration: Orchestration, lab: Any, tmp_path: Path
 ) -> None:
-    endless = lab.parameters(tmp_path, "endless", steps_per_epoch=100_000, checkpoint_freq=0, eval_freq=0)
-    busy = lab.parameters(tmp_path, "busy")
-    doomed = lab.parameters(tmp_path, "doomed", steps_per_epoch=100_000, checkpoint_freq=0, eval_freq=0)
-    doomed["recovery"] = {"max_attempts": 2}
+    endless, busy, doomed = (
+        lab.parameters(tmp_path, name, **ENDLESS) | {"launch": {"nproc_per_node": 1}, "recovery": {"max_attempts": 2}}
+        for name in ("endless", "busy", "doomed")
+    )
     orchestration.start_worker()
     with lock.hold(tmp_path / "busy" / lock.FLOW_LOCK_FILE):
         cancelled = orchestration.start_run(TRAIN, endless)
@@ -106,26 +98,26 @@ def test_a_cancel_saves_a_queue_shows_and_attempts_have_a_bound(
 
 
 def test_a_run_whose_worker_and_flow_are_killed_goes_on_to_the_same_bits(
-    orchestration: Orchestration, lab: Any, tmp_path: Path, reference: Path
+    orchestration: Orchestration, lab: Any, tmp_path: Path, straight_two_ranks: Path
 ) -> None:
     """As a machine that goes down while no automation sees it: the reaper finds the run, a new worker resumes it."""
     run = tmp_path / "tiny"
     orchestration.start_worker()
-    flow_run = orchestration.start_run(TRAIN, lab.parameters(tmp_path, steps_per_epoch=STEPS_PER_EPOCH))
-    wait_for_step(orchestration, lab, run, 30)
+    flow_run = orchestration.start_run(TRAIN, lab.parameters(tmp_path))
+    wait_for_step(orchestration, lab, run, 3)
     flow, trainers = orchestration.flow_process(flow_run), ranks(run)
     assert flow
     orchestration.kill_worker()
     kill_now(flow)
     orchestration.wait_until(lambda: not any(map(lab.is_alive, trainers)), "the trainer to end by itself")
-    assert 30 <= saved_step(run) == last_logged(lab, run) < 2 * STEPS_PER_EPOCH
+    assert 3 <= saved_step(run) == last_logged(lab, run) < lab.max_steps
     assert orchestration.state(flow_run) == "Running"  # nobody has told the server
     orchestration.start_worker()
     with orchestration.client():
         orchestration.wait_until(lambda: reaper(dead_for_s=1), "the reaper to find the run")
     orchestration.wait_for_state(flow_run, "Completed")
-    lab.assert_same_run(run, reference, max_steps=2 * STEPS_PER_EPOCH)
+    lab.assert_same_run(run, straight_two_ranks)
     (resume,) = attempts.resumes(RunFolder(tmp_path, "tiny"))
-    assert resume.step >= 30
+    assert resume.step >= 3
     assert (resume.steps_lost, resume.why) == (0, attempts.CUT_OFF)
     orchestration.kill_worker(signal.SIGTERM)
