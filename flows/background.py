@@ -20,6 +20,15 @@ GRACE_S = 30.0  # between SIGTERM and SIGKILL
 
 
 @dataclass(frozen=True)
+class Running:
+    """A process as it was started."""
+
+    pid: int
+    command: list[str]
+    remark: str
+
+
+@dataclass(frozen=True)
 class Background:
     """One process to be: what it is called, how it is started, and where its lock and log files lie."""
 
@@ -29,6 +38,7 @@ class Background:
     state_dir: Path
     settings: dict[str, str] = field(default_factory=dict)  # environment variables on top of this process's
     without: frozenset[str] = frozenset()  # variables of this process that it does not get
+    remark: str = ""  # what else tells one start from another, such as the database; no secret
 
     @property
     def lock_file(self) -> Path:
@@ -56,18 +66,17 @@ class Background:
                 start_new_session=True,  # Ctrl+C in this terminal is not meant for it
                 pass_fds=[lock.fileno()],  # with which it holds the lock
             )
-            json.dump({"pid": process.pid, "command": self.command}, lock)
+            json.dump({"pid": process.pid, "command": self.command, "remark": self.remark}, lock)
         return process
 
-    def running(self) -> tuple[int, list[str]] | None:
-        """Process id and command of the one that runs."""
+    def running(self) -> Running | None:
+        """The one that runs."""
         with suppress(FileNotFoundError), self.lock_file.open("r", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 if said := lock.read():
-                    held = json.loads(said)
-                    return held["pid"], held["command"]
+                    return Running(**json.loads(said))
                 raise ValueError(f"the {self.name} is being started by another command") from None
         return None
 
@@ -75,7 +84,7 @@ class Background:
         """Ends it, by SIGKILL when SIGTERM does not within GRACE_S; returns its process id, None when it did not run."""
         if (found := self.running()) is None:
             return None
-        pid, _ = found
+        pid = found.pid
         with self.lock_file.open("r+", encoding="utf-8") as lock, suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
             insist = threading.Timer(GRACE_S, os.kill, (pid, signal.SIGKILL))

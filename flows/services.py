@@ -18,6 +18,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -81,6 +82,7 @@ def up(config: ServicesConfig) -> None:
     """Starts what does not run and waits until it works. Raises ValueError, having started nothing, when it cannot."""
     check_auth()
     server, board, worker = services(config)
+    server = replace(server, remark=f"data in {database()}")
     running = {service.name: _is_running(service) for service in (server, board, worker)}
     for service, port in ((server, config.port), (board, config.tensorboard_port)):
         if not running[service.name]:
@@ -97,10 +99,11 @@ def up(config: ServicesConfig) -> None:
         _wait(worker, started[worker.name], lambda: _is_online(since))
     _wait(board, started.get(board.name), lambda: _answers(f"http://{HOST}:{config.tensorboard_port}"))
     for service in (server, board, worker):
-        pid, _ = service.running() or (None, None)
-        print(f"{service.name:<12} {'started' if service.name in started else 'runs already'}, process {pid}")
+        state = "started" if service.name in started else "runs already"
+        found = service.running()
+        print(f"{service.name:<12} {state}, process {found.pid}" if found else f"{service.name:<12} has ended again")
     print(
-        f"\nPrefect UI   http://{HOST}:{config.port}        data in {database()}\n"
+        f"\nPrefect UI   http://{HOST}:{config.port}        {server.remark}\n"
         f"TensorBoard  http://{HOST}:{config.tensorboard_port}\n"
         f"logs         {server.state_dir}/*.log\n"
         f"from another machine: ssh -N -L {config.port}:{HOST}:{config.port} "
@@ -175,11 +178,10 @@ def _is_running(service: Background) -> bool:
     """Raises ValueError when it runs with other settings."""
     if (found := service.running()) is None:
         return False
-    pid, command = found
-    if command != service.command:
+    if (found.command, found.remark) != (service.command, service.remark):
         raise ValueError(
-            f"the {service.name} runs already with other settings (process {pid}: {' '.join(command)}): "
-            f"`make down` first, or give the same"
+            f"the {service.name} runs already with other settings (process {found.pid}: {' '.join(found.command)}"
+            f"{found.remark and ', '}{found.remark}): `make down` first, or give the same"
         )
     return True
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import wait_until
 
 from flows import background
-from flows.background import Background
+from flows.background import Background, Running
 
 SAYS_READY = "import signal, sys\n{prelude}\nprint('ready', flush=True)\nsignal.pause()"
 
@@ -42,7 +42,7 @@ def test_it_outlives_its_starter_and_is_found_and_ended_by_another_process(sleep
     )
     words = [sys.executable, "-c", code, str(tmp_path), repr(sleeper.command)]
     started = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert sleeper.running() == (int(started.stdout), sleeper.command)
+    assert sleeper.running() == Running(int(started.stdout), sleeper.command, "")
     with pytest.raises(ValueError, match="sleeper is being started by another command"):
         sleeper.start()
     assert sleeper.stop() == int(started.stdout)
@@ -53,7 +53,7 @@ def test_it_outlives_its_starter_and_is_found_and_ended_by_another_process(sleep
 def test_a_file_that_names_another_process_is_not_believed(sleeper: Background):
     bystander = subprocess.Popen(command())
     try:
-        sleeper.lock_file.write_text(json.dumps({"pid": bystander.pid, "command": sleeper.command}))
+        sleeper.lock_file.write_text(json.dumps({"pid": bystander.pid, "command": sleeper.command, "remark": ""}))
         assert sleeper.running() is None
         assert sleeper.stop() is None
         assert bystander.poll() is None
@@ -68,7 +68,7 @@ def test_it_can_be_started_again_after_it_was_killed(sleeper: Background):
     first.wait()
     assert sleeper.running() is None
     second = sleeper.start()
-    assert sleeper.running() == (second.pid, sleeper.command)
+    assert sleeper.running() == Running(second.pid, sleeper.command, "")
 
 
 def test_what_does_not_end_by_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

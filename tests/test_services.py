@@ -129,6 +129,12 @@ def test_a_second_up_starts_nothing_and_makes_nothing_anew(installation: Install
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("runs already") == 3
     assert installation.pids() == before
+    elsewhere = installation.call(
+        "up", PREFECT_SERVER_DATABASE_CONNECTION_URL="postgresql+asyncpg://me:word@db/prefect"
+    )
+    assert elsewhere.returncode == 1
+    assert "the server runs already with other settings" in elsewhere.stderr
+    assert "word" not in elsewhere.stderr
     assert automations and installation.api("/automations/filter", {}) == automations
     deployed = [entry["name"] for entry in installation.api("/deployments/filter", {})]
     assert sorted(deployed) == sorted(entry["name"] for entry in DEPLOYMENTS)
