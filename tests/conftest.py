@@ -153,8 +153,7 @@ class Started:
 class Lab:
     """How the tests start things."""
 
-    hellaswag = HELLASWAG
-    source = str(SHAKESPEARE)
+    source, hellaswag = SHAKESPEARE, HELLASWAG
     deadline_s = DEADLINE_S
     steps_per_epoch, max_steps = STEPS_PER_EPOCH, MAX_STEPS
     wait_until = staticmethod(wait_until)

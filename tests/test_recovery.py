@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from orchestration import Orchestration, kill_now, ranks
+from prefect.states import Crashed, Pending
 
 from flows.automations import AUTOMATIONS, ensure_automations
 from flows.reaper import reaper
@@ -53,6 +54,19 @@ def test_automations_are_made_once_and_put_right(orchestration: Orchestration) -
         assert ensure_automations()["gpt2-zombie"] == "left as it is, switched off"
         assert {one.name: one.id for one in client.read_automations()} == before
         client.resume_automation(zombie.id)
+
+
+def test_a_run_that_crashes_again_and_again_before_it_runs_is_failed(
+    orchestration: Orchestration, lab: Any, tmp_path: Path
+) -> None:
+    flow_run = orchestration.start_run(TRAIN, lab.parameters(tmp_path))  # there is no worker
+    with orchestration.client() as client:
+        for state in [Pending(), Crashed(), Pending(), Crashed()]:
+            client.set_flow_run_state(flow_run, state, force=True)
+        (line,) = orchestration.wait_until(lambda: reaper(dead_for_s=1, max_crashes=2), "the reaper to find the run")
+        assert "failed after 2 crashes before it ran" in line
+        assert reaper(dead_for_s=1, max_crashes=2) == []
+    assert orchestration.state(flow_run) == "Failed"
 
 
 def test_a_cancel_saves_a_queue_shows_and_attempts_have_a_bound(

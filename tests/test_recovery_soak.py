@@ -38,7 +38,9 @@ class Victim:
         self.folder = RunFolder(artifacts, "tiny")
         hellaswag = artifacts / "hellaswag.jsonl"
         hellaswag.write_text("".join(lab.hellaswag.read_text().splitlines(keepends=True)[:8]))
-        parameters = lab.parameters(artifacts, **LENGTH, hellaswag=str(hellaswag), source=lab.source, shard_size=32_768)
+        parameters = lab.parameters(
+            artifacts, **LENGTH, hellaswag=str(hellaswag), source=str(lab.source), shard_size=32_768
+        )
         parameters["recovery"] = {"hang_timeout_s": 10}
         self.flow_run = orchestration.start_run("pretrain/gpt2-124m", parameters)
 

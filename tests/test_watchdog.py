@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from prefect.logging import disable_run_logger
 
-from gpt2core import heartbeat, launch
+from gpt2core import heartbeat, launch, lock
 from gpt2core.checkpoint import Saver
 from gpt2core.checkpoint_folder import CheckpointFolder
 from gpt2core.config import ModelConfig
@@ -23,8 +24,10 @@ from gpt2core.hellaswag import evaluate_hellaswag, load_hellaswag
 from gpt2core.loader import Sequences
 from gpt2core.model import GPT
 from gpt2core.processes import Process
+from gpt2core.run_folder import RunFolder
 from gpt2core.shards import open_shards
 from gpt2core.watchdog import Watchdog
+from tasks import waiting
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 ENDLESS = {"steps_per_epoch": 100_000, "keep_checkpoints": 1, "eval_freq": 0}
@@ -85,6 +88,26 @@ def test_a_trainer_that_hangs_before_its_first_step_has_the_longer_limit(
         code, lines = attempt.result(lab.deadline_s)
     assert code == -signal.SIGKILL, lines
     assert watchdog.hung and watchdog.hung.startswith("no progress for 4 s")
+
+
+@pytest.mark.slow
+def test_the_next_attempt_waits_for_ranks_that_outlive_their_launcher_and_then_ends_them(
+    lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "tiny"
+    flags = ["train", "--nproc_per_node", "1", *lab.flags(tmp_path, **ENDLESS)]
+    with lab.started(run, flags, module="gpt2core.cli") as gpt2:
+        (rank,) = ranks_at_step(lab, run, 3)
+        rank.send(signal.SIGSTOP)  # it will not hear the SIGTERM that its launcher's death brings
+        gpt2.process.kill()
+        gpt2.wait()
+        trainer = heartbeat.read(run / "heartbeat.json")
+        assert trainer and trainer.orphans() == [rank]
+        monkeypatch.setattr(waiting, "GRACE_S", 2.0)
+        with disable_run_logger():
+            waiting.wait_for_trainers(RunFolder(tmp_path, "tiny"), [])
+        assert not rank.is_alive()
+        assert lock.holder(run / lock.LOCK_FILE) is None
 
 
 @pytest.fixture
