@@ -24,11 +24,12 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import is_alive, wait_until
+from conftest import descendants, is_alive, wait_until
 
 ROOT = Path(__file__).parents[1]
 DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
 SAMPLE = ROOT / "data" / "sample" / "tinyshakespeare.txt"
+RECOVERY_S = 600.0  # until a run is known to be dead, given back, and done
 SERVICES = ("server", "tensorboard", "worker")
 PASSWORD = "admin:correct-horse-battery-staple"
 
@@ -138,6 +139,8 @@ def test_a_second_up_starts_nothing_and_makes_nothing_anew(installation: Install
     assert automations and installation.api("/automations/filter", {}) == automations
     deployed = [entry["name"] for entry in installation.api("/deployments/filter", {})]
     assert sorted(deployed) == sorted(entry["name"] for entry in DEPLOYMENTS)
+    on_schedule = {"deployments": {"name": {"any_": ["every-five-minutes"]}}}
+    wait_until(lambda: installation.api("/flow_runs/count", on_schedule), "runs of a deployment that has a schedule")
 
 
 @pytest.mark.slow
@@ -343,19 +346,26 @@ def exec_start(unit: Path) -> tuple[list[str], dict[str, str], str]:
 
 @pytest.mark.slow
 @pytest.mark.soak
-@pytest.mark.timeout(600)
-def test_on_postgresql_a_run_waits_out_a_reboot_and_is_done_by_the_units(postgres: Postgres, tmp_path: Path):
+@pytest.mark.timeout(900)
+def test_on_postgresql_a_training_that_a_reboot_cut_off_is_finished_by_the_units(
+    lab: Any, straight_two_ranks: Path, postgres: Postgres, tmp_path: Path
+):
+    run = tmp_path / "artifacts" / "tiny"
     installation = Installation(tmp_path, PREFECT_SERVER_DATABASE_CONNECTION_URL=postgres.url)
     up = installation.call("up")
     try:
         assert up.returncode == 0, up.stdout + up.stderr + installation.logs()
         assert f"postgresql+asyncpg://127.0.0.1:{postgres.port}/postgres" in up.stdout
-        os.kill(installation.pids()["worker"], signal.SIGKILL)
-        installation.prefect("deployment", "run", *prepare(tmp_path / "data"))
-        for pid in installation.pids().values():
+        parameters = lab.parameters(tmp_path / "artifacts").items()
+        words = [word for name, value in parameters for word in ("--param", f"{name}={json.dumps(value)}")]
+        installation.prefect("deployment", "run", "train/gpt2-124m", *words)
+        wait_until(lambda: any(line["step"] >= 6 for line in lab.metrics(run)), "step 6")
+        services = installation.pids().values()
+        everything = [pid for service in services for pid in [*descendants(service), service]]
+        for pid in everything:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not any(is_alive(pid) for pid in installation.pids().values()), "all to be gone")
+        wait_until(lambda: not any(is_alive(pid) for pid in everything), "all to be gone")
     finally:
         installation.call("down")
 
@@ -365,12 +375,12 @@ def test_on_postgresql_a_run_waits_out_a_reboot_and_is_done_by_the_units(postgre
         for name in ("worker", "tensorboard", "server"):  # the worker first: it may not need the order
             command, settings, folder = exec_start(tmp_path / "units" / f"gpt2-{name}.service")
             booted.append(Restarted(command, installation.environment | settings, folder, tmp_path / f"{name}.log"))
-        state = "select state_type from flow_run join flow on flow.id = flow_id where flow.name = 'prepare-dataset'"
-        wait_until(lambda: postgres.query(state) == "COMPLETED", "the run that waited to be completed")
+        state = "select state_type from flow_run join flow on flow.id = flow_id where flow.name = 'train'"
+        wait_until(lambda: postgres.query(state) == "COMPLETED", "the run to be completed", RECOVERY_S)
     finally:
         for service in booted:
             service.stop()
-    assert (tmp_path / "data" / "manifest.json").exists()
+    lab.assert_same_run(run, straight_two_ranks)
     assert postgres.query("select count(*) from deployment") == str(len(DEPLOYMENTS))
     assert not list((tmp_path / "prefect").glob("*.db"))
     assert Postgres.PASSWORD not in up.stdout + installation.logs()
