@@ -1,7 +1,7 @@
 """Crash means resume: training on a real server and worker, killed in every way, ends Completed and with the same bits.
 
-The suite has a kill of worker and flow, a cancel, a queue and the bound on attempts. All faults, with the waits that a
-real recovery has, are `pytest -m soak tests/test_recovery.py`, which prints a table.
+The suite has a kill of worker and flow, a cancel, a queue and the bounds on attempts. All faults, with the waits that a
+real recovery has, are in test_recovery_soak.py.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 from orchestration import Orchestration, kill_now, ranks
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
+from prefect.logging import disable_run_logger
 from prefect.states import Cancelled, Crashed, Pending, Running
 
-from flows.automations import AUTOMATIONS, ensure_automations
-from flows.reaper import reaper
+from flows.automations import AUTOMATIONS, TAG, ensure_automations
 from gpt2core import attempts, lock
 from gpt2core.checkpoint_folder import CheckpointFolder
 from gpt2core.run_folder import RunFolder
+from tasks.reap_runs import reap_runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -56,6 +58,15 @@ def test_automations_are_made_once_and_put_right(orchestration: Orchestration) -
         client.resume_automation(zombie.id)
 
 
+def test_the_schedules_make_runs(orchestration: Orchestration) -> None:
+    with orchestration.client() as client:
+        for name in ("reaper/every-five-minutes", "evaluate/nightly"):
+            of_it = DeploymentFilter(id=DeploymentFilterId(any_=[client.read_deployment_by_name(name).id]))
+            orchestration.wait_until(
+                lambda of_it=of_it: client.read_flow_runs(deployment_filter=of_it), f"a run of {name}"
+            )
+
+
 def test_a_run_that_crashes_again_and_again_before_it_runs_is_failed(
     orchestration: Orchestration, lab: Any, tmp_path: Path
 ) -> None:
@@ -63,9 +74,10 @@ def test_a_run_that_crashes_again_and_again_before_it_runs_is_failed(
     with orchestration.client() as client:
         for state in [Pending(), Crashed(), Pending(), Crashed()]:
             client.set_flow_run_state(flow_run, state, force=True)
-        (line,) = orchestration.wait_until(lambda: reaper(dead_for_s=1, max_crashes=2), "the reaper to find the run")
-        assert "failed after 2 crashes before it ran" in line
-        assert reaper(dead_for_s=1, max_crashes=2) == []
+        with disable_run_logger():
+            (line,) = orchestration.wait_until(lambda: reap_runs.fn(TAG, 1, 2), "the reaper to find the run")
+            assert "failed after 2 crashes before it ran" in line
+            assert reap_runs.fn(TAG, 1, 2) == []
     assert orchestration.state(flow_run) == "Failed"
 
 
@@ -83,7 +95,8 @@ def test_the_reaper_knows_which_flows_hold_the_folder_of_their_run(
     with orchestration.client() as client:
         for run in (alive, dead):  # there is no worker
             client.set_flow_run_state(run, Running(), force=True)
-        orchestration.wait_until(lambda: reaper(dead_for_s=1), "the reaper to find the run")
+        with disable_run_logger():
+            orchestration.wait_until(lambda: reap_runs.fn(TAG, 1, 5), "the reaper to find the run")
         assert orchestration.state(dead) == "AwaitingRetry"
         assert orchestration.state(alive) == "Running"
         for run in (alive, dead):
@@ -148,8 +161,9 @@ def test_a_run_whose_worker_and_flow_are_killed_goes_on_to_the_same_bits(
     assert 3 <= saved_step(run) == last_logged(lab, run) < lab.max_steps
     assert orchestration.state(flow_run) == "Running"  # nobody has told the server
     orchestration.start_worker()
-    with orchestration.client():
-        orchestration.wait_until(lambda: reaper(dead_for_s=1), "the reaper to find the run")
+    while orchestration.state(flow_run) == "Running":
+        reaping = orchestration.start_run("reaper/every-five-minutes", {"dead_for_s": 1})
+        orchestration.wait_for_state(reaping, "Completed", "Cancelled")  # when the schedule's own is at work
     orchestration.wait_for_state(flow_run, "Completed")
     lab.assert_same_run(run, straight_two_ranks)
     (resume,) = attempts.resumes(RunFolder(tmp_path, "tiny"))

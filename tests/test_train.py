@@ -15,9 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gpt2core.checkpoint import load
 from gpt2core.checkpoint_folder import CheckpointFolder
-from gpt2core.config import ModelConfig, RunConfig
+from gpt2core.config import LaunchConfig, ModelConfig, RunConfig
+from gpt2core.flags import read_config
 from gpt2core.model import GPT
 from gpt2core.optim import learning_rate
+from gpt2core.preflight import claim_run
 
 pytestmark = pytest.mark.slow  # each test starts trainers or other processes
 
@@ -286,6 +288,20 @@ def test_a_changed_setting_is_refused_with_the_difference_and_accepted_with_forc
     assert config.train.max_lr == 2e-3
     lrs = lab.logged(run, "lr")
     assert lrs[13] == learning_rate(12, lab.max_steps, config.train) > 1e-3
+
+
+def test_the_pipeline_refuses_a_changed_setting_and_takes_it_when_forced(
+    lab: Any, first_epoch: Path, tmp_path: Path
+) -> None:
+    run = lab.copy_run(first_epoch, tmp_path)
+    groups = read_config(run / "config.json").model_dump() | {"artifacts_dir": str(tmp_path)}
+    groups["train"]["max_lr"] = 2e-3
+    changed, launched = RunConfig(**groups), LaunchConfig(nproc_per_node=1)
+    with pytest.raises(ValueError, match=r"train\.max_lr: 0\.001 -> 0\.002"):
+        claim_run(changed, launched)
+    assert read_config(run / "config.json").train.max_lr == 1e-3
+    claim_run(changed, launched, force=True)
+    assert read_config(run / "config.json") == changed
 
 
 def test_settings_that_do_not_shape_the_run_may_change(
