@@ -79,7 +79,10 @@ def worker_name() -> str:
 
 
 def up(config: ServicesConfig) -> None:
-    """Starts what does not run and waits until it works. Raises ValueError, having started nothing, when it cannot."""
+    """Starts what does not run and waits until it works.
+
+    Raises ValueError when it does not, and before anything is started when a port is taken; `down` ends what was started.
+    """
     check_auth()
     server, board, worker = services(config)
     server = replace(server, remark=f"data in {database()}")
