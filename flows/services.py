@@ -126,10 +126,14 @@ def down(config: ServicesConfig) -> None:
 
 
 def deploy() -> None:
-    """Makes the work pool, the deployments and the automations; what is there and right is left alone."""
+    """Makes the work pool, the deployments and the automations; what is there and right is left alone.
+
+    Has the reaper look once at what a reboot may have left.
+    """
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.deployments import run_deployment
     from prefect.exceptions import ObjectAlreadyExists
     from prefect.workers.process import ProcessWorker
 
@@ -154,6 +158,8 @@ def deploy() -> None:
     if done.returncode:
         raise ValueError(f"`prefect deploy --all` failed: {(done.stdout + done.stderr).strip()}")
     ensure_automations()
+    # after a reboot, runs that nobody saw die are given back now and not at the reaper's next turn
+    run_deployment("reaper/every-five-minutes", timeout=0, as_subflow=False)
 
 
 def check_auth() -> None:

@@ -139,6 +139,8 @@ def test_a_second_up_starts_nothing_and_makes_nothing_anew(installation: Install
     assert automations and installation.api("/automations/filter", {}) == automations
     deployed = [entry["name"] for entry in installation.api("/deployments/filter", {})]
     assert sorted(deployed) == sorted(entry["name"] for entry in DEPLOYMENTS)
+    reaper = {"flows": {"name": {"any_": ["reaper"]}}, "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
+    wait_until(lambda: installation.api("/flow_runs/count", reaper), "the reaper's look at what was left")
 
 
 @pytest.mark.slow
