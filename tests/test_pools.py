@@ -67,14 +67,7 @@ def test_kubernetes_jobs_have_gpus_shared_memory_the_volume_and_time_to_save():
         assert pod["volumes"][1]["emptyDir"] == {"medium": "Memory", "sizeLimit": "16Gi"}
         assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/shared", "/dev/shm"}
         assert pod["terminationGracePeriodSeconds"] == 180
-        assert (
-            container["env"] == {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
-            or {
-                "name": "PREFECT_FLOWS_HEARTBEAT_FREQUENCY",
-                "value": "30",
-            }
-            in container["env"]
-        )
+        assert job.env == resumed_environment()
 
 
 def test_slurm_jobs_say_what_the_worker_asks_slurm_for():
