@@ -9,7 +9,6 @@ python -m flows.services down         ends what `up` started, and nothing else
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -105,6 +104,10 @@ def up(config: ServicesConfig) -> None:
         state = "started" if service.name in started else "runs already"
         found = service.running()
         print(f"{service.name:<12} {state}, process {found.pid}" if found else f"{service.name:<12} has ended again")
+    _tell_addresses(config, server)
+
+
+def _tell_addresses(config: ServicesConfig, server: Background) -> None:
     print(
         f"\nPrefect UI   http://{HOST}:{config.port}        {server.remark}\n"
         f"TensorBoard  http://{HOST}:{config.tensorboard_port}\n"
@@ -176,11 +179,12 @@ def check_auth() -> None:
 def database() -> str:
     """The server's database without its password."""
     from prefect.settings import get_current_settings
+    from sqlalchemy import make_url
 
     url = get_current_settings().server.database.connection_url
     if url is None:
         return f"SQLite in {get_current_settings().home}"
-    return re.sub(r"//(?:([^:/@]*)(?::[^@/]*)?@)?", r"//", url.get_secret_value()).partition("?")[0]
+    return make_url(url.get_secret_value()).set(query={}).render_as_string(hide_password=True)
 
 
 def _is_running(service: Background) -> bool:
