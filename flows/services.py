@@ -9,7 +9,6 @@ python -m flows.services down         ends what `up` started, and nothing else
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -105,6 +104,10 @@ def up(config: ServicesConfig) -> None:
         state = "started" if service.name in started else "runs already"
         found = service.running()
         print(f"{service.name:<12} {state}, process {found.pid}" if found else f"{service.name:<12} has ended again")
+    _tell_addresses(config, server)
+
+
+def _tell_addresses(config: ServicesConfig, server: Background) -> None:
     print(
         f"\nPrefect UI   http://{HOST}:{config.port}        {server.remark}\n"
         f"TensorBoard  http://{HOST}:{config.tensorboard_port}\n"
@@ -126,10 +129,14 @@ def down(config: ServicesConfig) -> None:
 
 
 def deploy() -> None:
-    """Makes the work pool, the deployments and the automations; what is there and right is left alone."""
+    """Makes the work pool, the deployments and the automations; what is there and right is left alone.
+
+    Has the reaper look once at what a reboot may have left.
+    """
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.deployments import run_deployment
     from prefect.exceptions import ObjectAlreadyExists
     from prefect.workers.process import ProcessWorker
 
@@ -154,6 +161,8 @@ def deploy() -> None:
     if done.returncode:
         raise ValueError(f"`prefect deploy --all` failed: {(done.stdout + done.stderr).strip()}")
     ensure_automations()
+    # after a reboot, runs that nobody saw die are given back now and not at the reaper's next turn
+    run_deployment("reaper/every-five-minutes", timeout=0, as_subflow=False)
 
 
 def check_auth() -> None:
@@ -170,11 +179,12 @@ def check_auth() -> None:
 def database() -> str:
     """The server's database without its password."""
     from prefect.settings import get_current_settings
+    from sqlalchemy import make_url
 
     url = get_current_settings().server.database.connection_url
     if url is None:
         return f"SQLite in {get_current_settings().home}"
-    return re.sub(r"//(?:([^:/@]*)(?::[^@/]*)?@)?", r"//", url.get_secret_value()).partition("?")[0]
+    return make_url(url.get_secret_value()).set(query={}).render_as_string(hide_password=True)
 
 
 def _is_running(service: Background) -> bool:

@@ -139,6 +139,8 @@ def test_a_second_up_starts_nothing_and_makes_nothing_anew(installation: Install
     assert automations and installation.api("/automations/filter", {}) == automations
     deployed = [entry["name"] for entry in installation.api("/deployments/filter", {})]
     assert sorted(deployed) == sorted(entry["name"] for entry in DEPLOYMENTS)
+    reaper = {"flows": {"name": {"any_": ["reaper"]}}, "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
+    wait_until(lambda: installation.api("/flow_runs/count", reaper), "the reaper's look at what was left")
 
 
 @pytest.mark.slow
@@ -353,7 +355,7 @@ def test_on_postgresql_a_training_that_a_reboot_cut_off_is_finished_by_the_units
     up = installation.call("up")
     try:
         assert up.returncode == 0, up.stdout + up.stderr + installation.logs()
-        assert f"postgresql+asyncpg://127.0.0.1:{postgres.port}/postgres" in up.stdout
+        assert f"postgresql+asyncpg://prefect:***@127.0.0.1:{postgres.port}/postgres" in up.stdout
         parameters = lab.parameters(tmp_path / "artifacts").items()
         words = [word for name, value in parameters for word in ("--param", f"{name}={json.dumps(value)}")]
         installation.prefect("deployment", "run", "train/gpt2-124m", *words)
