@@ -1,4 +1,5 @@
 # make demo    the whole pipeline on the bundled sample          make check   lint, types, fast tests
+# make up      Prefect server, worker and TensorBoard here       make down    ends them
 # make test    all tests                                         make setup   .venv alone
 
 PYTHON ?= python3
@@ -6,7 +7,7 @@ BIN := .venv/bin
 DEMO := $(BIN)/python -m flows.pretrain --recipe demo --nproc_per_node 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-clean check format test
+.PHONY: help setup demo demo-clean up down check format test
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -25,6 +26,18 @@ demo: setup
 demo-clean:
 	rm -rf data/demo artifacts/demo artifacts/promoted/*_demo_step_*
 	test -e artifacts/best || rm -f artifacts/best
+
+SERVICES := $(BIN)/python -m flows.services
+up: FLAGS := $(if $(PORT),--port $(PORT)) $(if $(TENSORBOARD_PORT),--tensorboard_port $(TENSORBOARD_PORT))
+ifdef DATABASE_URL  # in the environment, so that no command line shows its password
+up: export PREFECT_SERVER_DATABASE_CONNECTION_URL := $(DATABASE_URL)
+endif
+
+up: setup
+	@$(SERVICES) up $(FLAGS)
+
+down: setup
+	@$(SERVICES) down
 
 check: setup
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from typing import Literal
 from prefect import flow
 
 from gpt2core.config import RunName
+from gpt2core.credentials import PathOrUrl
 from gpt2core.records import Stage
 from tasks.evaluate_checkpoint import evaluate_checkpoint, is_there
 
@@ -14,9 +15,9 @@ from tasks.evaluate_checkpoint import evaluate_checkpoint, is_there
 @flow(name="evaluate", flow_run_name="evaluate {checkpoint} ({run_name})")
 def evaluate(
     run_name: RunName = "gpt2_124m",
-    artifacts_dir: str = "artifacts",
-    checkpoint: str = "latest",
-    hellaswag: str | None = None,
+    artifacts_dir: PathOrUrl = "artifacts",
+    checkpoint: PathOrUrl = "latest",
+    hellaswag: PathOrUrl | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     force: bool = False,
     if_there: bool = False,

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from itertools import pairwise, takewhile
 from typing import Literal
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from gpt2core.checkpoint_folder import LATEST, CheckpointFolder
 from gpt2core.records import Record
@@ -35,8 +35,14 @@ Attempts = TypeAdapter(list[Attempt])
 
 
 def read(folder: RunFolder) -> list[Attempt]:
+    """All attempts, oldest first. Raises ValueError, naming the file, when something else lies in its place."""
     file = folder.attempts_file
-    return Attempts.validate_json(file.read_bytes()) if file.exists() else []
+    try:
+        return Attempts.validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return []
+    except ValidationError:
+        raise ValueError(f"{file} does not list attempts as it should: restore it, or move it away") from None
 
 
 def begin(folder: RunFolder, flow_run: str) -> Attempt:

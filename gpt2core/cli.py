@@ -54,9 +54,10 @@ def train(argv: list[str]) -> int:
         return 0
     nproc = launch.num_processes(launched.nproc_per_node, config.train.device)
     training.refuse_silent_overwrite(config, arguments.resume)
-    preflight(config, nproc)
-    command = launch.python_command("gpt2core.train", _without_launch_flags(argv), nproc)
-    return launch.run_in_foreground(command, nproc)
+    preflight(config, launched.nnodes * nproc)
+    torchrun_flags = launched.torchrun_flags(nproc, config.run_name)
+    command = launch.python_command("gpt2core.train", _without_launch_flags(argv), torchrun_flags)
+    return launch.run_in_foreground(command, nproc, under_torchrun=bool(torchrun_flags))
 
 
 def _without_launch_flags(argv: list[str]) -> list[str]:

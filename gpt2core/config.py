@@ -11,6 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from gpt2core.credentials import PathOrUrl
+
 PADDED_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, padded to a multiple of 128 for the matrix units
 VOCAB_SIZE = 50257
 
@@ -87,10 +89,10 @@ class DataConfig(Settings):
         }
     )
 
-    data_dir: str = Field(
+    data_dir: PathOrUrl = Field(
         "data/edu_fineweb10B", description="Folder or fsspec URL of the token shards and their manifest.json."
     )
-    source: str = Field(
+    source: PathOrUrl = Field(
         "HuggingFaceFW/fineweb-edu",
         description="Text to tokenize: a Hugging Face dataset (owner/name), or a path, glob or fsspec URL of "
         "parquet, jsonl or text files.",
@@ -112,7 +114,9 @@ class DataConfig(Settings):
         "stop",
         description="Documents that cannot be read: stop with an error after the rest is done, or skip and count them.",
     )
-    cache_dir: str = Field("data/cache", description="Folder for local copies of shards that lie on remote storage.")
+    cache_dir: PathOrUrl = Field(
+        "data/cache", description="Folder for local copies of shards that lie on remote storage."
+    )
     cache_gb: float = Field(100.0, gt=0, description="Most disk that these copies may take, in GB.")
 
     def hub_config(self) -> str | None:
@@ -179,7 +183,7 @@ class TrainConfig(Settings):
         ge=0,
         description="Most seconds of training between checkpoints, on top of checkpoint_freq; 0 for no limit.",
     )
-    checkpoint_dir: str | None = Field(
+    checkpoint_dir: PathOrUrl | None = Field(
         None,
         description="Folder or fsspec URL under which the run's checkpoints lie, in a folder of its name; "
         "without one they lie in the run's own folder.",
@@ -217,18 +221,65 @@ class EvalConfig(Settings):
     val_tokens: Positive = Field(
         2_621_440, description="Tokens of the validation shard to measure the loss on, from its start."
     )
-    hellaswag: str = Field(
+    hellaswag: PathOrUrl = Field(
         "Rowan/hellaswag",
         description="HellaSwag's validation set: a Hugging Face dataset, or the path or URL of a jsonl file.",
     )
 
 
 class LaunchConfig(Settings):
-    """How many processes train; no part of the run's identity, so a run may go on with another number."""
+    """How many processes train, and on how many machines; no part of the run's identity, so it may go on with other numbers."""
 
     nproc_per_node: Positive | Literal["auto"] = Field(
         "auto", description="Training processes on this machine; auto takes one a visible GPU, or one on the CPU."
     )
+    nnodes: int = Field(
+        1, ge=1, le=1024, description="Machines that train together; the same command is started on each of them."
+    )
+    rdzv_endpoint: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9._-]+:[0-9]{1,5}$",
+        description="HOST:PORT where the machines meet: one of them, by a name or address that all of them reach.",
+    )
+    rdzv_id: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9._-]{1,100}$",
+        description="Name of the job, the same on all machines; without one it is the run's name.",
+    )
+    rdzv_timeout_s: int = Field(
+        1200, ge=10, le=7 * 86_400, description="Longest wait for the other machines at a start, in seconds."
+    )
+    local_addr: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9._-]+$",
+        description="Name or address at which the others reach this machine; without one its host name.",
+    )
+
+    @model_validator(mode="after")
+    def _machines_know_where_to_meet(self) -> LaunchConfig:
+        if self.nnodes > 1 and self.rdzv_endpoint is None:
+            raise ValueError(f"nnodes {self.nnodes} needs rdzv_endpoint HOST:PORT, the same on every machine")
+        if self.nnodes == 1 and self.rdzv_endpoint is not None:
+            raise ValueError(f"rdzv_endpoint {self.rdzv_endpoint} is for several machines: give nnodes, too")
+        return self
+
+    def torchrun_flags(self, nproc_per_node: int, run_name: str) -> list[str]:
+        """What torchrun is told about processes and machines; none when a single process needs no torchrun."""
+        if self.nnodes == 1:
+            return ["--standalone", f"--nproc_per_node={nproc_per_node}"] if nproc_per_node > 1 else []
+        assert self.rdzv_endpoint is not None
+        settings = {"join_timeout": self.rdzv_timeout_s, "read_timeout": self.rdzv_timeout_s}
+        flags = [
+            f"--nnodes={self.nnodes}",
+            f"--nproc_per_node={nproc_per_node}",
+            "--rdzv_backend=c10d",
+            f"--rdzv_endpoint={self.rdzv_endpoint}",
+            f"--rdzv_id={self.rdzv_id or run_name}",
+        ]
+        if self.local_addr:  # torchrun would look for the endpoint's host among the addresses of the host name only
+            flags.append(f"--local_addr={self.local_addr}")
+            settings["is_host"] = int(self.rdzv_endpoint.rpartition(":")[0] == self.local_addr)
+        return [*flags, "--rdzv_conf=" + ",".join(f"{name}={value}" for name, value in settings.items())]
 
 
 class RecoveryConfig(Settings):
@@ -258,7 +309,7 @@ class RunnerConfig(Settings):
         "threads",
         description="Prefect task runner of the files: threads or processes here, or Dask or Ray (extras to install).",
     )
-    task_runner_address: str | None = Field(
+    task_runner_address: PathOrUrl | None = Field(
         None, description="Address of a Dask scheduler or Ray head; without one a cluster is started on this machine."
     )
     files_at_once: int = Field(0, ge=0, description="Source files tokenized at a time; 0 takes one a CPU core.")
@@ -276,7 +327,7 @@ class RunConfig(Settings):
     run_name: RunName = Field(
         "gpt2_124m", description="Name of the run and of its folder: letters, digits, '.', '_' and '-'."
     )
-    artifacts_dir: str = Field("artifacts", description="Folder under which each run has a folder of its own.")
+    artifacts_dir: PathOrUrl = Field("artifacts", description="Folder under which each run has a folder of its own.")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()

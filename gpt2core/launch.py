@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from threading import Event
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -65,12 +65,11 @@ def visible_gpus() -> list[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 
-def python_command(module: str, arguments: list[str], nproc: int = 1) -> list[str]:
-    """The command that runs a module of this package in `nproc` processes."""
-    if nproc == 1:
+def python_command(module: str, arguments: list[str], torchrun_flags: Sequence[str] = ()) -> list[str]:
+    """The command that runs a module of this package, under torchrun when there are flags for it."""
+    if not torchrun_flags:
         return [sys.executable, "-m", module, *arguments]
-    torchrun = ["--standalone", f"--nproc_per_node={nproc}", "-m", module, *arguments]
-    return [sys.executable, "-m", "gpt2core.launch", *torchrun]
+    return [sys.executable, "-m", "gpt2core.launch", *torchrun_flags, "-m", module, *arguments]
 
 
 def run(
@@ -169,7 +168,7 @@ def _kill(process: subprocess.Popen[str]) -> None:
     kill(below)
 
 
-def run_in_foreground(command: list[str], nproc: int) -> int:
+def run_in_foreground(command: list[str], nproc: int, under_torchrun: bool) -> int:
     """Runs a trainer for a person at a terminal: Ctrl+C or SIGTERM lets it save, and then counts as a clean end."""
 
     def leave(number: int, frame: object) -> None:
@@ -185,7 +184,7 @@ def run_in_foreground(command: list[str], nproc: int) -> int:
                 f"it did not end within {GRACE_S:.0f} s and was killed: the last checkpoint is what `gpt2 checkpoints` lists"
             )
             return 1
-        if nproc > 1:
+        if under_torchrun:
             return 0  # torchrun's own code after a signal says nothing of the ranks
         return stopped.exit_code if stopped.exit_code >= 0 else 128 - stopped.exit_code  # as a shell has it
     except KeyboardInterrupt:

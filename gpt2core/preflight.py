@@ -18,7 +18,7 @@ def claim_run(config: RunConfig, launched: LaunchConfig, force: bool = False) ->
     Raises ValueError when the batch does not divide, a GPU is not there, or, without `force`, the folder holds a run
     with other settings.
     """
-    config.grad_accum_steps(num_processes(launched.nproc_per_node, config.train.device))
+    config.grad_accum_steps(launched.nnodes * num_processes(launched.nproc_per_node, config.train.device))
     RunFolder.of(config).claim(config, force)
 
 

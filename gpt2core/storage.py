@@ -17,6 +17,8 @@ from typing import IO, Any
 
 import fsspec
 
+from gpt2core.credentials import without_credentials
+
 Location = str | Path
 
 
@@ -219,6 +221,7 @@ def _remote(location: Location) -> Iterator[tuple[Any, str]]:
 
     What goes wrong with it in the block is raised as FileNotFoundError, or as remote_error has it.
     """
+    without_credentials(str(location))
     try:
         filesystem, path = fsspec.url_to_fs(str(location))
         filesystem.invalidate_cache()

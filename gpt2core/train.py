@@ -166,6 +166,7 @@ def _train(
         ]:
             log.say(line)
     stop_step = trainer.steps_per_epoch * min(stop_epoch or config.train.num_epochs, config.train.num_epochs)
+    stop_step = min(ranks.gather(stop_step))  # only the machine that leads the run may have been told an epoch
     try:
         trainer.fit(stop_step, stop, log, saver)
     except torch.OutOfMemoryError as error:

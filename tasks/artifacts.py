@@ -15,6 +15,7 @@ from gpt2core.attempts import resumes
 from gpt2core.run_folder import RunFolder
 
 SECONDS_BETWEEN_UPDATES = 5.0
+LAST_UPDATE_S = 5.0  # longest wait for the update that ends a stage
 
 
 def artifact_key(kind: str, name: str) -> str:
@@ -29,7 +30,7 @@ def show_resumes(folder: RunFolder) -> None:
     create_table_artifact(rows, key=artifact_key("resumes", name), description=f"Resumes of {name}")
 
 
-def beside(show: Callable[[], object]) -> None:
+def beside(show: Callable[[], object]) -> threading.Thread:
     """Does it in a thread of its own: with the server away a call takes over a minute, and training shall not wait."""
     logger = get_run_logger()
 
@@ -39,26 +40,45 @@ def beside(show: Callable[[], object]) -> None:
         except Exception as error:  # whatever the way to the server throws: the work matters more than its picture
             logger.warning(f"not shown in the UI: {error}")
 
-    threading.Thread(target=contextvars.copy_context().run, args=(attempt,), daemon=True).start()
+    # the artifact belongs to the task run that the context names
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(attempt,), daemon=True)
+    thread.start()
+    return thread
 
 
 class LiveProgress:
-    """A progress bar in the UI, updated at a rate the server does not feel; a server that is away is no error."""
+    """A progress bar in the UI, updated at a rate the server does not feel; the stage never waits for its updates."""
 
     def __init__(self, key: str, description: str) -> None:
         self.key, self.description = key, description
         self.artifact: UUID | None = None
         self.updated = -SECONDS_BETWEEN_UPDATES
+        self._sending: threading.Thread | None = None
 
     def due(self) -> bool:
-        return time.monotonic() - self.updated >= SECONDS_BETWEEN_UPDATES
+        return time.monotonic() - self.updated >= SECONDS_BETWEEN_UPDATES and not self.is_sending()
+
+    def is_sending(self) -> bool:
+        return self._sending is not None and self._sending.is_alive()
 
     def show(self, percent: float, description: str) -> None:
-        try:
-            if self.artifact is None:
-                self.artifact = create_progress_artifact(percent, key=self.key, description=description)
-            else:
-                update_progress_artifact(self.artifact, percent, description)
-        except Exception as error:  # whatever the way to the server throws: the work matters more than its picture
-            get_run_logger().warning(f"progress not shown in the UI: {error}")
+        """Sends it on its way; left out when the one before has not arrived yet."""
+        if self.is_sending():
+            return
         self.updated = time.monotonic()
+        self._sending = beside(lambda: self._send(percent, description))
+
+    def finish(self, percent: float, description: str) -> None:
+        """The last one, which is worth a short wait."""
+        for _ in range(2):
+            if self._sending:
+                self._sending.join(LAST_UPDATE_S / 2)
+            self.show(percent, description)
+        assert self._sending
+        self._sending.join(LAST_UPDATE_S / 2)
+
+    def _send(self, percent: float, description: str) -> None:
+        if self.artifact is None:
+            self.artifact = create_progress_artifact(percent, key=self.key, description=description)
+        else:
+            update_progress_artifact(self.artifact, percent, description)

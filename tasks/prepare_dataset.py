@@ -46,7 +46,7 @@ def tokenize_file(data: DataConfig, url: str) -> SourceRecord:
     record = read_record(data, url)
     if record is None:
         raise StageError(f"{url} has no record after it was tokenized")
-    bar.show(100, f"{url}: {record.tokens:,} tokens of {record.documents:,} documents")
+    bar.finish(100, f"{url}: {record.tokens:,} tokens of {record.documents:,} documents")
     return record
 
 

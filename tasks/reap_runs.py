@@ -13,6 +13,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
     FlowRunFilter,
     FlowRunFilterState,
     FlowRunFilterStateType,
@@ -25,6 +27,11 @@ from prefect.states import AwaitingRetry, Crashed, Failed
 from gpt2core import lock
 from gpt2core.config import RunConfig
 
+HOLDERS = [
+    "pretrain",
+    "train",
+    "train-epoch",
+]  # flows that have their run's folder (tasks.waiting.run_held) while they run
 SECONDS_TO_START = 900  # that a run may be Pending: a container may have to be fetched
 
 
@@ -33,8 +40,9 @@ def reap_runs(tag: str, dead_for_s: int, max_crashes: int) -> list[str]:
     """Gives runs with this tag that are dead back to the workers, or fails those that crash again and again."""
     done = []
     with get_client(sync_client=True) as client:
+        holders = {flow.id for flow in client.read_flows(flow_filter=FlowFilter(name=FlowFilterName(any_=HOLDERS)))}
         for run in _unfinished(client, tag):
-            if why := _why_dead(run, dead_for_s):
+            if why := _why_dead(run, dead_for_s, holds_folder=run.flow_id in holders):
                 done.append(f"{run.name}: {why}; {_give_back(client, run, why, max_crashes)}")
     for line in done:
         get_run_logger().warning(line)
@@ -51,7 +59,7 @@ def _unfinished(client: SyncPrefectClient, tag: str) -> list[FlowRun]:
     )
 
 
-def _why_dead(run: FlowRun, dead_for_s: int) -> str | None:
+def _why_dead(run: FlowRun, dead_for_s: int, holds_folder: bool) -> str | None:
     """Why the run will not go on by itself, None when it may."""
     state = run.state
     if state is None or run.deployment_id is None:
@@ -59,7 +67,7 @@ def _why_dead(run: FlowRun, dead_for_s: int) -> str | None:
     age_s = (datetime.now(UTC) - state.timestamp).total_seconds()
     if state.is_crashed() and age_s > dead_for_s:
         return f"Crashed for {age_s:.0f} s"
-    if state.is_running() and age_s > dead_for_s and _is_abandoned(run.parameters):
+    if state.is_running() and age_s > dead_for_s and holds_folder and _is_abandoned(run.parameters):
         return f"Running for {age_s:.0f} s, and no process has its folder"
     if state.is_pending() and age_s > max(dead_for_s, SECONDS_TO_START):
         return f"Pending for {age_s:.0f} s"

@@ -6,7 +6,7 @@ import multiprocessing
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,10 +72,11 @@ def run_stage(
     module: str,
     arguments: list[str],
     nproc: int = 1,
+    torchrun_flags: Sequence[str] = (),
     look: Callable[[], None] | None = None,
     watchdog: Watchdog | None = None,
 ) -> None:
-    """Runs `python -m module arguments`, under torchrun for more than one process; `look` is called after each line.
+    """Runs `python -m module arguments`, under torchrun when there are flags for it; `look` is called after each line.
 
     Raises StageRefusedError or StageError when it fails or the watchdog kills it. Whatever ends this task (a cancel, too) first lets the process save and end.
     """
@@ -99,7 +100,7 @@ def run_stage(
         if look:
             look()
 
-    exit_code = launch.run(launch.python_command(module, arguments, nproc), on_line, nproc, watchdog)
+    exit_code = launch.run(launch.python_command(module, arguments, torchrun_flags), on_line, nproc, watchdog)
     if watchdog and watchdog.hung:
         raise StageError(f"python -m {module} made {watchdog.hung}")
     if exit_code and refusal:

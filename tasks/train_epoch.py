@@ -53,12 +53,13 @@ def train_epoch(
     if done := _finished(folder, epoch):
         return _stage(folder, epoch, done, started, note="done before")
     places = launch.places(launched.nproc_per_node, config.train.device)
-    preflight(config, len(places))
+    preflight(config, launched.nnodes * len(places))
     wait_for_trainers(folder, [gpu for gpu in places if gpu])
     arguments = ["--config", str(folder.config_file), "--resume", "latest", "--stop_epoch", str(epoch)]
     watchdog = Watchdog(folder.heartbeat_file, recovery.hang_timeout_s, recovery.start_timeout_s)
     with recorded_attempt(folder, recovery.max_attempts):
-        run_stage("gpt2core.train", arguments, len(places), watchdog=watchdog)
+        torchrun_flags = launched.torchrun_flags(len(places), config.run_name)
+        run_stage("gpt2core.train", arguments, len(places), torchrun_flags, watchdog=watchdog)
         if not (done := _finished(folder, epoch)):
             raise StageError(f"training ended before the end of epoch {epoch}: it was asked to stop")
     return _stage(folder, epoch, done, started)

@@ -52,11 +52,11 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def wait_until(happened: Callable[[], Any], what: str) -> Any:
+def wait_until(happened: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
     """The first true value of `happened`; fails the test when the deadline passes."""
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + deadline_s
     while not (value := happened()):
-        assert time.monotonic() < deadline, f"waited {DEADLINE_S:.0f} s for {what}"
+        assert time.monotonic() < deadline, f"waited {deadline_s:.0f} s for {what}"
         time.sleep(0.01)
     return value
 

@@ -85,6 +85,13 @@ def test_a_resume_says_where_why_and_what_was_lost(folder: RunFolder) -> None:
     assert (resume.step, resume.steps_lost, resume.why) == (10, 2, "rank 1 was killed")
 
 
+def test_a_damaged_file_is_named_in_one_sentence(folder: RunFolder) -> None:
+    folder.path.mkdir()
+    folder.attempts_file.write_text('[{"step": 1}]')
+    with pytest.raises(ValueError, match=r"attempts\.json does not list attempts as it should"):
+        attempts.begin(folder, "a")
+
+
 def test_status_shows_how_often_and_why_a_run_was_resumed(lab: Any, first_epoch: Path, tmp_path: Path) -> None:
     run = lab.copy_run(first_epoch, tmp_path)
     folder = RunFolder(tmp_path, run.name)

@@ -15,7 +15,7 @@ import pytest
 from orchestration import Orchestration, kill_now, ranks
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.logging import disable_run_logger
-from prefect.states import Crashed, Pending
+from prefect.states import Cancelled, Crashed, Pending, Running
 
 from flows.automations import AUTOMATIONS, TAG, ensure_automations
 from gpt2core import attempts, lock
@@ -79,6 +79,28 @@ def test_a_run_that_crashes_again_and_again_before_it_runs_is_failed(
             assert "failed after 2 crashes before it ran" in line
             assert reap_runs.fn(TAG, 1, 2) == []
     assert orchestration.state(flow_run) == "Failed"
+
+
+def test_the_reaper_knows_which_flows_hold_the_folder_of_their_run(
+    orchestration: Orchestration, lab: Any, tmp_path: Path
+) -> None:
+    """One that prepares data, or joins a run that another leads, is alive though nobody holds the folder."""
+    with lock.hold(tmp_path / "tiny" / lock.FLOW_LOCK_FILE):
+        pass
+    training = lab.parameters(tmp_path)
+    names = {name: training[name] for name in ("run_name", "artifacts_dir")}
+    launch = {"launch": {"nnodes": 2, "rdzv_endpoint": "node0:29500"}}
+    alive = orchestration.start_run("join-training/node", names | launch)
+    dead = orchestration.start_run(TRAIN, training)
+    with orchestration.client() as client:
+        for run in (alive, dead):  # there is no worker
+            client.set_flow_run_state(run, Running(), force=True)
+        with disable_run_logger():
+            orchestration.wait_until(lambda: reap_runs.fn(TAG, 1, 5), "the reaper to find the run")
+        assert orchestration.state(dead) == "AwaitingRetry"
+        assert orchestration.state(alive) == "Running"
+        for run in (alive, dead):
+            client.set_flow_run_state(run, Cancelled(), force=True)
 
 
 def test_a_cancel_saves_a_queue_shows_and_attempts_have_a_bound(

@@ -1,0 +1,28 @@
+"""A further machine of a run on several, as a deployment of its own."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from gpt2core.config import LaunchConfig, RecoveryConfig, RunName
+from gpt2core.credentials import PathOrUrl
+from tasks.join_epoch import join_epoch
+
+
+@flow(name="join-training", flow_run_name="join-training ({run_name})")
+def join_training(
+    run_name: RunName = "gpt2_124m",
+    artifacts_dir: PathOrUrl = "artifacts",
+    launch: LaunchConfig = LaunchConfig(),
+    recovery: RecoveryConfig = RecoveryConfig(),
+) -> None:
+    """Takes part in the epochs of a run that `pretrain` or `train` leads on another machine, until all are done.
+
+    Args:
+        run_name: Name of the run, as the leading flow has it.
+        artifacts_dir: Folder of the runs, which the machines share.
+    """
+    if launch.nnodes == 1:
+        raise ValueError("launch.nnodes is 1: to join a run give nnodes and rdzv_endpoint as the leading flow has them")
+    while not join_epoch(artifacts_dir, run_name, launch, recovery):
+        pass

@@ -1,0 +1,46 @@
+"""Stage: this machine's share of an epoch that a flow on another machine leads."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from gpt2core import launch
+from gpt2core.checkpoint_folder import CheckpointFolder, epoch_name
+from gpt2core.config import LaunchConfig, RecoveryConfig
+from gpt2core.flags import read_config
+from gpt2core.run_folder import RunFolder
+from gpt2core.watchdog import Watchdog
+from tasks.attempts import UNLIMITED
+from tasks.stage_process import StageError, run_stage, worth_a_retry
+
+
+@task(
+    name="join-epoch",
+    task_run_name="join-epoch ({run_name})",
+    retries=UNLIMITED,  # the leading flow counts the attempts
+    retry_delay_seconds=[5, 10, 20, 40],
+    retry_jitter_factor=0.5,
+    retry_condition_fn=worth_a_retry,
+    cache_policy=NO_CACHE,
+)
+def join_epoch(artifacts_dir: str, run_name: str, launched: LaunchConfig, recovery: RecoveryConfig) -> bool:
+    """Trains until the leading flow's epoch ends; True when there is none left.
+
+    Where the epoch ends, and which checkpoint it begins with, the ranks agree on among themselves.
+    """
+    folder = RunFolder(artifacts_dir, run_name)
+    if not folder.config_file.exists():
+        raise StageError(f"{folder.config_file} is not there yet: the leading flow writes it when it starts")
+    config = read_config(folder.config_file)
+    if CheckpointFolder(folder.checkpoints).find(epoch_name(config.train.num_epochs)):
+        return True
+    nproc = launch.num_processes(launched.nproc_per_node, config.train.device)
+    run_stage(
+        "gpt2core.train",
+        ["--config", str(folder.config_file), "--resume", "latest"],
+        nproc,
+        launched.torchrun_flags(nproc, run_name),
+        watchdog=Watchdog(folder.heartbeat_file, recovery.hang_timeout_s, recovery.start_timeout_s),
+    )
+    return False
