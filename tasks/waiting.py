@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from prefect.client.orchestration import get_client
+from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from prefect.states import Running
+from prefect.states import Cancelled, Running
 
 from gpt2core import heartbeat, lock
 from gpt2core.launch import GRACE_S
@@ -34,10 +35,14 @@ def run_held(artifacts_dir: str, run_name: str) -> Iterator[None]:
         waited = True
         _say_waiting(f"{folder.path} is in use by the flow of {holder}")
 
-    with lock.hold(folder.path / lock.FLOW_LOCK_FILE, on_wait=on_wait):
-        if waited:
-            _say_going_on()
-        yield
+    try:
+        with lock.hold(folder.path / lock.FLOW_LOCK_FILE, on_wait=on_wait):
+            if waited:
+                _say_going_on()
+            yield
+    except TerminationSignal:
+        _say_cancelled()
+        raise
 
 
 def wait_for_trainers(folder: RunFolder, gpus: list[str]) -> None:
@@ -83,6 +88,20 @@ def _say_waiting(why: str) -> None:
 def _say_going_on() -> None:
     get_run_logger().info("no longer queued")
     _name_state("Running", "")
+
+
+def _say_cancelled() -> None:
+    """Ends a cancel as soon as all is saved. The worker says the same, but seconds later: it looks for the end of this
+    process every three, and then for hooks."""
+    if not flow_run.id:
+        return
+    try:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(flow_run.id).state
+            if state and state.is_cancelling():
+                client.set_flow_run_state(flow_run.id, Cancelled(message="Cancelled, and its processes have ended."))
+    except Exception as error:
+        get_run_logger().warning(f"the end of the cancel is left to the worker: {error}")
 
 
 def _name_state(name: str, message: str) -> None:
