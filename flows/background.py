@@ -91,5 +91,10 @@ class Background:
             insist.start()
             fcntl.flock(lock, fcntl.LOCK_EX)  # waits for its end
             insist.cancel()
-            lock.truncate(0)
         return pid
+
+    def last_started(self) -> Running | None:
+        """The one that was started last, whether it runs or not."""
+        with suppress(FileNotFoundError, ValueError, TypeError):  # a file that another version or a crash left
+            return Running(**json.loads(self.lock_file.read_text(encoding="utf-8")))
+        return None

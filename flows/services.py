@@ -92,6 +92,7 @@ def up(config: ServicesConfig) -> None:
     for folder in (server.state_dir, FOLDER / config.artifacts_dir):
         folder.mkdir(parents=True, exist_ok=True)
 
+    last = server.last_started()
     since = datetime.now(UTC)
     started = {service.name: service.start() for service in (server, board) if not running[service.name]}
     _wait_for_server(config, started.get(server.name))
@@ -105,6 +106,8 @@ def up(config: ServicesConfig) -> None:
         found = service.running()
         print(f"{service.name:<12} {state}, process {found.pid}" if found else f"{service.name:<12} has ended again")
     _tell_addresses(config, server)
+    if last and last.remark != server.remark:
+        print(f"\nWARNING: {server.remark}; when it was last started here it was {last.remark}, with other runs")
 
 
 def _tell_addresses(config: ServicesConfig, server: Background) -> None:

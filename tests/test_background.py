@@ -48,6 +48,7 @@ def test_it_outlives_its_starter_and_is_found_and_ended_by_another_process(sleep
     assert sleeper.stop() == int(started.stdout)
     assert sleeper.running() is None
     assert sleeper.stop() is None
+    assert sleeper.last_started() == Running(int(started.stdout), sleeper.command, "")
 
 
 def test_a_file_that_names_another_process_is_not_believed(sleeper: Background):
