@@ -17,7 +17,7 @@ from prefect.logging import disable_run_logger
 from gpt2core import heartbeat, launch, lock
 from gpt2core.checkpoint import Saver
 from gpt2core.checkpoint_folder import CheckpointFolder
-from gpt2core.config import ModelConfig
+from gpt2core.config import LaunchConfig, ModelConfig
 from gpt2core.distributed import Ranks
 from gpt2core.evaluation import validation_loss
 from gpt2core.hellaswag import evaluate_hellaswag, load_hellaswag
@@ -40,7 +40,8 @@ def train(
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.setenv(name, lab.environment()[name])
     lines: list[str] = []
-    code = launch.run(launch.python_command("gpt2core.train", arguments, nproc), lines.append, nproc, watchdog)
+    torchrun_flags = LaunchConfig(nproc_per_node=nproc).torchrun_flags(nproc, "tiny")
+    code = launch.run(launch.python_command("gpt2core.train", arguments, torchrun_flags), lines.append, nproc, watchdog)
     return code, lines
 
 
