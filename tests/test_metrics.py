@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
+
 from gpt2core.listing import print_status
-from gpt2core.metrics import MetricsLog
+from gpt2core.metrics import MetricsLog, histogram
 from gpt2core.run_folder import RunFolder
 
 
@@ -65,3 +69,25 @@ def test_status_shows_the_newest_step_and_takes_the_promoted_model_for_no_run(tm
     row = next(line for line in shown.splitlines() if "demo" in line and "80" in line)
     assert [cell.strip() for cell in row.strip("│").split("│")][1:3] == ["80", "80"]
     assert "unreadable" not in shown
+
+
+@pytest.mark.parametrize("kind", ["normal", "constant", "one"])
+def test_a_histogram_counts_what_numpy_counts(kind: str) -> None:
+    values = torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 0.02
+    values = {"normal": values, "constant": torch.zeros(7), "one": values[:1]}[kind]
+    counted = histogram(values)
+    assert counted
+    low, high, number, total, squares, limits, counts = counted
+    exact = values.double().numpy()
+    assert (low, high, number) == (exact.min(), exact.max(), len(exact))
+    assert total == pytest.approx(exact.sum(), abs=1e-9) and squares == pytest.approx((exact**2).sum(), rel=1e-5)
+    edges = np.array([min(low, limits[0] - 1), *limits])
+    edges[-1] = max(edges[-1], high)
+    expected, _ = np.histogram(exact, edges)
+    assert sum(counts) == number and len(limits) == len(counts)
+    assert np.abs(np.cumsum(counts) - np.cumsum(expected)).max() <= 1, "one on an edge may fall on either side"
+
+
+def test_a_histogram_of_what_is_not_finite_is_left_out() -> None:
+    for bad in (float("nan"), float("inf")):
+        assert histogram(torch.tensor([0.0, bad, 1.0])) is None
