@@ -7,7 +7,7 @@ from typing import Literal
 from prefect import flow
 
 from gpt2core.config import RunName
-from gpt2core.credentials import PathOrUrl
+from gpt2core.credentials import LocalFolder, PathOrUrl
 from gpt2core.records import Stage
 from tasks.evaluate_checkpoint import evaluate_checkpoint, is_there
 
@@ -15,7 +15,7 @@ from tasks.evaluate_checkpoint import evaluate_checkpoint, is_there
 @flow(name="evaluate", flow_run_name="evaluate {checkpoint} ({run_name})")
 def evaluate(
     run_name: RunName = "gpt2_124m",
-    artifacts_dir: PathOrUrl = "artifacts",
+    artifacts_dir: LocalFolder = "artifacts",
     checkpoint: PathOrUrl = "latest",
     hellaswag: PathOrUrl | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",

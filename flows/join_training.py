@@ -5,14 +5,14 @@ from __future__ import annotations
 from prefect import flow
 
 from gpt2core.config import LaunchConfig, RecoveryConfig, RunName
-from gpt2core.credentials import PathOrUrl
+from gpt2core.credentials import LocalFolder
 from tasks.join_epoch import join_epoch
 
 
 @flow(name="join-training", flow_run_name="join-training ({run_name})")
 def join_training(
     run_name: RunName = "gpt2_124m",
-    artifacts_dir: PathOrUrl = "artifacts",
+    artifacts_dir: LocalFolder = "artifacts",
     launch: LaunchConfig = LaunchConfig(),
     recovery: RecoveryConfig = RecoveryConfig(),
 ) -> None:

@@ -21,7 +21,7 @@ from gpt2core.config import (
     RunnerConfig,
     TrainConfig,
 )
-from gpt2core.credentials import PathOrUrl
+from gpt2core.credentials import LocalFolder
 from gpt2core.preflight import claim_run
 from gpt2core.records import Stage
 from tasks.evaluate_checkpoint import evaluate_checkpoint
@@ -34,7 +34,7 @@ from tasks.write_report import write_report
 @flow(name="pretrain", flow_run_name="pretrain ({run_name})")
 def pretrain(
     run_name: RunName = "gpt2_124m",
-    artifacts_dir: PathOrUrl = "artifacts",
+    artifacts_dir: LocalFolder = "artifacts",
     model: ModelConfig = ModelConfig(),
     data: DataConfig = DataConfig(),
     train: TrainConfig = TrainConfig(),

@@ -5,13 +5,13 @@ from __future__ import annotations
 from prefect import flow
 
 from gpt2core.config import RunName
-from gpt2core.credentials import PathOrUrl
+from gpt2core.credentials import LocalFolder
 from gpt2core.records import Stage
 from tasks.promote_best import promote_best
 
 
 @flow(name="promote", flow_run_name="promote ({run_name})")
-def promote(run_name: RunName = "gpt2_124m", artifacts_dir: PathOrUrl = "artifacts") -> Stage:
+def promote(run_name: RunName = "gpt2_124m", artifacts_dir: LocalFolder = "artifacts") -> Stage:
     """Moves artifacts/best/ to the run's best measured checkpoint, if that is strictly better.
 
     Args:

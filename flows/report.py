@@ -5,12 +5,12 @@ from __future__ import annotations
 from prefect import flow
 
 from gpt2core.config import RunName
-from gpt2core.credentials import PathOrUrl
+from gpt2core.credentials import LocalFolder
 from tasks.write_report import write_report
 
 
 @flow(name="report", flow_run_name="report ({run_name})")
-def report(run_name: RunName = "gpt2_124m", artifacts_dir: PathOrUrl = "artifacts") -> str:
+def report(run_name: RunName = "gpt2_124m", artifacts_dir: LocalFolder = "artifacts") -> str:
     """Draws the loss curve anew, and shows it with the run's stages and resumes.
 
     Args:

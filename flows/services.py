@@ -165,7 +165,8 @@ def deploy() -> None:
         raise ValueError(f"`prefect deploy --all` failed: {(done.stdout + done.stderr).strip()}")
     ensure_automations()
     # after a reboot, runs that nobody saw die are given back now and not at the reaper's next turn
-    run_deployment("reaper/every-five-minutes", timeout=0, as_subflow=False)
+    settled = {"dead_for_s": 30}
+    run_deployment("reaper/every-five-minutes", parameters=settled, timeout=0, as_subflow=False)
 
 
 def check_auth() -> None:

@@ -15,7 +15,7 @@ from gpt2core.config import (
     RunName,
     TrainConfig,
 )
-from gpt2core.credentials import PathOrUrl
+from gpt2core.credentials import LocalFolder
 from gpt2core.preflight import claim_run
 from gpt2core.records import Stage
 from tasks.train_epoch import next_epoch
@@ -26,7 +26,7 @@ from tasks.waiting import run_held
 @flow(name="train", flow_run_name="train ({run_name})")
 def train(
     run_name: RunName = "gpt2_124m",
-    artifacts_dir: PathOrUrl = "artifacts",
+    artifacts_dir: LocalFolder = "artifacts",
     model: ModelConfig = ModelConfig(),
     data: DataConfig = DataConfig(),
     train: TrainConfig = TrainConfig(),
@@ -56,7 +56,7 @@ def train(
 @flow(name="train-epoch", flow_run_name="train-epoch ({run_name})")
 def train_epoch(
     run_name: RunName = "gpt2_124m",
-    artifacts_dir: PathOrUrl = "artifacts",
+    artifacts_dir: LocalFolder = "artifacts",
     model: ModelConfig = ModelConfig(),
     data: DataConfig = DataConfig(),
     train: TrainConfig = TrainConfig(),

@@ -81,6 +81,30 @@ def describe(attempts: list[Attempt]) -> str:
     return "\n".join(f"  {attempt.ended_at}, from step {attempt.from_step}: {attempt.error}" for attempt in attempts)
 
 
+class Starts(Record):
+    """How often a flow run was started on the folder without anything new in it, its process killed each time."""
+
+    flow_run: str
+    found: str  # what lay there at the start: the newest step, the evaluations
+    count: int
+
+
+def count_start(folder: RunFolder, flow_run: str) -> int:
+    """Records that a flow run starts; returns how often in a row it did so and found the same as the time before."""
+    saved = CheckpointFolder(folder.checkpoints).find(LATEST)
+    found = f"{saved and saved.sidecar.step} {len(list(folder.evaluations.glob('*')))}"
+    before = Starts.model_validate_json(folder.starts_file.read_bytes()) if folder.starts_file.exists() else None
+    again = before is not None and (before.flow_run, before.found) == (flow_run, found)
+    starts = Starts(flow_run=flow_run, found=found, count=before.count + 1 if before and again else 1)
+    write_text(folder.starts_file, starts.model_dump_json() + "\n")
+    return starts.count
+
+
+def forget_starts(folder: RunFolder) -> None:
+    """To be called when a flow run ends of its own accord, well or not."""
+    folder.starts_file.unlink(missing_ok=True)
+
+
 class Resume(Record):
     """One time that training went on after it had been interrupted."""
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gpt2core.credentials import PathOrUrl
+from gpt2core.credentials import LocalFolder, PathOrUrl
 
 PADDED_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, padded to a multiple of 128 for the matrix units
 VOCAB_SIZE = 50257
@@ -327,7 +327,7 @@ class RunConfig(Settings):
     run_name: RunName = Field(
         "gpt2_124m", description="Name of the run and of its folder: letters, digits, '.', '_' and '-'."
     )
-    artifacts_dir: PathOrUrl = Field("artifacts", description="Folder under which each run has a folder of its own.")
+    artifacts_dir: LocalFolder = Field("artifacts", description="Folder under which each run has a folder of its own.")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()

@@ -9,8 +9,10 @@ from pydantic import AfterValidator, WithJsonSchema
 
 # A password before the host (s3://key:secret@bucket), or a signature or token after the path. As JSON Schema has it, too.
 IN_URL = (
-    r"://[^/@]*:[^/@]*@"
-    r"|[?&;]([Xx]-(Amz|Goog)-(Signature|Credential|Security-Token)|[Ss]ig(nature)?|[Tt]oken|[Aa]ccess_?(key|token)|[Ss]ecret|[Pp]assword)="
+    r"^[A-Za-z0-9+:]*[Hh][Tt][Tt][Pp][Ss]?://[^/@]*@"
+    r"|://[^/@]*:[^/@]*@"
+    r"|[?&;]([Xx]-([Aa]mz|[Gg]oog)-([Ss]ignature|[Cc]redential|[Ss]ecurity-[Tt]oken)|[Ss][Ii][Gg]([Nn][Aa][Tt][Uu][Rr][Ee])?"
+    r"|([A-Za-z]*_?)?([Tt][Oo][Kk][Ee][Nn]|[Kk][Ee][Yy]|[Ss][Ee][Cc][Rr][Ee][Tt]|[Pp][Aa][Ss][Ss][Ww][Oo][Rr][Dd]))="
 )
 
 
@@ -26,7 +28,20 @@ def without_credentials(location: str) -> str:
     return location
 
 
+def local_folder(location: str) -> str:
+    """The location itself. Raises ValueError, which does not repeat it, for a URL."""
+    if "://" in location:
+        raise ValueError(
+            "runs have their folders on a local or mounted file system, and this is a URL; "
+            "checkpoints alone may lie at one: checkpoint_dir"
+        )
+    return location
+
+
 # Prefect checks a run's parameters by their JSON schema, before it stores them.
 PathOrUrl = Annotated[
     str, AfterValidator(without_credentials), WithJsonSchema({"type": "string", "not": {"pattern": IN_URL}})
+]
+LocalFolder = Annotated[
+    str, AfterValidator(local_folder), WithJsonSchema({"type": "string", "not": {"pattern": "://"}})
 ]

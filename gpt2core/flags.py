@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import sys
 import typing
 from collections.abc import Callable
@@ -101,6 +102,16 @@ def read_config(path: Path) -> RunConfig:
 
 
 NON_FINITE = 3  # exit code of a run that stopped because its gradients are not finite
+# A file server that is away for a while, a disk that did not answer this time.
+MAY_PASS = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EREMOTEIO,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+    errno.EINTR,
+}
 TRY_AGAIN = 75  # exit code when something outside failed that may work later (EX_TEMPFAIL of sysexits.h)
 
 
@@ -120,7 +131,8 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
 
 def exit_code(error: Exception) -> int:
     """What a process ends with that this error ends."""
-    if isinstance(error, ConnectionError | ChildProcessError | BlockingIOError):
+    may_pass = isinstance(error, ConnectionError | ChildProcessError | BlockingIOError | TimeoutError)
+    if may_pass or (isinstance(error, OSError) and error.errno in MAY_PASS):
         return TRY_AGAIN
     return NON_FINITE if isinstance(error, FloatingPointError) else 1
 

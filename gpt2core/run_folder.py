@@ -23,6 +23,7 @@ class RunFolder:
         self.promotion_file = self.path / "promotion.json"  # the last decision on this run
         self.reports = self.path / "reports"
         self.attempts_file = self.path / "attempts.json"
+        self.starts_file = self.path / "starts.json"
         self.heartbeat_file = self.path / "heartbeat.json"
 
         self._config: RunConfig | None = None

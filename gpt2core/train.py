@@ -21,14 +21,14 @@ from gpt2core.checkpoint_folder import CheckpointFolder
 from gpt2core.config import RunConfig
 from gpt2core.distributed import Ranks, StopRequest, make_deterministic
 from gpt2core.flags import Parser, add_recipe, add_settings, main_guard, run_config
-from gpt2core.launch import die_with_parent, tell
+from gpt2core.launch import GRACE_S, die_with_parent, tell
 from gpt2core.metrics import MetricsLog
 from gpt2core.preflight import preflight
 from gpt2core.processes import Process
 from gpt2core.run_folder import RunFolder
 from gpt2core.storage import exists
 from gpt2core.trainer import Trainer
-from gpt2core.watchdog import STACKS_SIGNAL
+from gpt2core.watchdog import STACKS_SIGNAL, end_orphans
 
 STDERR = 2  # the descriptor: a test may have put something else in the place of sys.stderr
 
@@ -95,6 +95,8 @@ def train(
         ranks.on_main(lambda: held.enter_context(lock.hold(folder.path / lock.LOCK_FILE)))
         _claim_gpu(ranks, held)
         _begin_heartbeat(folder, ranks, parent)
+        if parent:
+            end_orphans(parent, folder.heartbeat_file, GRACE_S)
         _train(config, ranks, resume, force, accept_changed_data, stop_epoch, stop)
 
 

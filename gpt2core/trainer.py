@@ -225,7 +225,7 @@ class Trainer:
         if skipped >= MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
                 f"step {self.step}: {skipped} updates in a row had gradients that are not finite, and none was applied; "
-                f"the last checkpoint is good: resume it with a lower --max_lr"
+                f"what was saved before is good: resume it, or start afresh where there is nothing yet, with a lower --max_lr"
             )
 
     def validate(self, log: MetricsLog | None) -> bool:

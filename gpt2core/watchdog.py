@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import threading
@@ -16,6 +17,25 @@ from gpt2core.processes import Process, descendants, kill
 STACKS_SIGNAL = signal.SIGUSR1  # on which a rank writes the stacks of its threads to stderr, also when it hangs in C
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_WRITE_STACKS = 1.0
+
+
+def end_orphans(parent: int, heartbeat_file: Path, grace_s: float) -> None:
+    """Kills all ranks of this trainer, itself among them, when they still run so long after the process that started this
+    one has died: a hung rank does not hear the SIGTERM that the kernel sends it then, and would hold its GPU for ever.
+
+    Looks from a thread, since a rank that hangs does so in its main one.
+    """
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        time.sleep(grace_s)
+        trainer = heartbeat.read(heartbeat_file)
+        own = Process.of(os.getpid())
+        others = [rank.process for rank in trainer.ranks if rank.process != own] if trainer else []
+        kill([*others, *([own] if own else [])])
+
+    threading.Thread(target=look, name="end-orphans", daemon=True).start()
 
 
 class Watchdog:

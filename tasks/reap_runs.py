@@ -27,11 +27,7 @@ from prefect.states import AwaitingRetry, Crashed, Failed
 from gpt2core import lock
 from gpt2core.config import RunConfig
 
-HOLDERS = [
-    "pretrain",
-    "train",
-    "train-epoch",
-]  # flows that have their run's folder (tasks.waiting.run_held) while they run
+HOLDERS = ["pretrain", "train", "train-epoch"]  # flows that have their run's folder (tasks.waiting.run_held)
 SECONDS_TO_START = 900  # that a run may be Pending: a container may have to be fetched
 
 
@@ -42,15 +38,17 @@ def reap_runs(tag: str, dead_for_s: int, max_crashes: int) -> list[str]:
     with get_client(sync_client=True) as client:
         holders = {flow.id for flow in client.read_flows(flow_filter=FlowFilter(name=FlowFilterName(any_=HOLDERS)))}
         for run in _unfinished(client, tag):
-            if why := _why_dead(run, dead_for_s, holds_folder=run.flow_id in holders):
-                done.append(f"{run.name}: {why}; {_give_back(client, run, why, max_crashes)}")
+            if _fail_when_hopeless(client, run, max_crashes):
+                done.append(f"{run.name}: failed after {max_crashes} crashes before it ran")
+            elif why := _why_dead(run, dead_for_s, holds_folder=run.flow_id in holders):
+                done.append(f"{run.name}: {why}; {_give_back(client, run, why)}")
     for line in done:
         get_run_logger().warning(line)
     return done
 
 
 def _unfinished(client: SyncPrefectClient, tag: str) -> list[FlowRun]:
-    states = [StateType.CRASHED, StateType.RUNNING, StateType.PENDING]
+    states = [StateType.CRASHED, StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED]
     return client.read_flow_runs(
         flow_run_filter=FlowRunFilter(
             tags=FlowRunFilterTags(all_=[tag]),
@@ -81,11 +79,18 @@ def _is_abandoned(parameters: dict[str, Any]) -> bool:
     return file.exists() and lock.holder(file) is None
 
 
-def _give_back(client: SyncPrefectClient, run: FlowRun, why: str, max_crashes: int) -> str:
-    if (crashes := _crashes_in_a_row(client.read_flow_run_states(run.id))) >= max_crashes:
-        message = f"{why}; crashed {crashes} times without Running in between: see the worker's log."
-        client.set_flow_run_state(run.id, Failed(message=message), force=True)
-        return f"failed after {crashes} crashes before it ran"
+def _fail_when_hopeless(client: SyncPrefectClient, run: FlowRun, max_crashes: int) -> bool:
+    """Fails a run that crashed so often before it ran; the automations alone would give it back for ever."""
+    if not run.state or not (run.state.is_crashed() or run.state.name == AwaitingRetry().name):
+        return False
+    if _crashes_in_a_row(client.read_flow_run_states(run.id)) < max_crashes:
+        return False
+    message = f"crashed {max_crashes} times or more without Running in between: see the worker's log."
+    client.set_flow_run_state(run.id, Failed(message=message), force=True)
+    return True
+
+
+def _give_back(client: SyncPrefectClient, run: FlowRun, why: str) -> str:
     if not (run.state and run.state.is_crashed()):  # for the history: it did not wait of its own accord
         client.set_flow_run_state(run.id, Crashed(message=f"{why}."), force=True)
     client.set_flow_run_state(run.id, AwaitingRetry(message=f"{why}: the next free worker resumes it."), force=True)

@@ -13,12 +13,13 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Running
 
-from gpt2core import heartbeat, lock
+from gpt2core import attempts, heartbeat, lock
 from gpt2core.launch import GRACE_S
 from gpt2core.processes import Process, kill
 from gpt2core.run_folder import RunFolder
 
 SECONDS_BETWEEN_LOOKS = 1.0
+MAX_STARTS = 10  # of one flow run, killed each time, with nothing new in the run's folder
 
 
 @contextmanager
@@ -39,10 +40,26 @@ def run_held(artifacts_dir: str, run_name: str) -> Iterator[None]:
         with lock.hold(folder.path / lock.FLOW_LOCK_FILE, on_wait=on_wait):
             if waited:
                 _say_going_on()
-            yield
+            _refuse_when_killed_too_often(folder)
+            try:
+                yield
+            finally:  # which a kill leaves out
+                attempts.forget_starts(folder)
     except TerminationSignal:
         _say_cancelled()
         raise
+
+
+def _refuse_when_killed_too_often(folder: RunFolder) -> None:
+    """Raises ValueError when this flow run was killed again and again and nothing came of it. Kills in training count as
+    attempts, too, and have a lower bound of their own."""
+    starts = attempts.count_start(folder, str(flow_run.id or ""))
+    if flow_run.id and starts > MAX_STARTS:
+        attempts.forget_starts(folder)  # a retry by hand has all its starts before it
+        raise ValueError(
+            f"given up: this flow run was killed {starts - 1} times in a row without a new checkpoint or evaluation in "
+            f"{folder.path}; the worker's log and the kernel's (out of memory?) may say why"
+        )
 
 
 def wait_for_trainers(folder: RunFolder, gpus: list[str]) -> None:

@@ -13,6 +13,7 @@ from gpt2core import attempts
 from gpt2core.checkpoint import save
 from gpt2core.checkpoint_folder import CheckpointFolder
 from gpt2core.run_folder import RunFolder
+from tasks import waiting
 
 
 @pytest.fixture
@@ -100,3 +101,26 @@ def test_status_shows_how_often_and_why_a_run_was_resumed(lab: Any, first_epoch:
     said = lab.run("gpt2core.cli", ["status", "--artifacts_dir", tmp_path]).stdout
     assert "tiny: resumed 1 time, 0 steps lost in all" in said
     assert "at step 12 (0 lost): rank 1 was killed by SIGKILL" in said
+
+
+def test_starts_that_bring_nothing_are_counted_and_those_that_bring_something_start_anew(folder: RunFolder) -> None:
+    assert [attempts.count_start(folder, "a") for _ in range(3)] == [1, 2, 3]
+    assert attempts.count_start(folder, "b") == 1, "another flow run"
+    save_step(folder, 5)
+    assert [attempts.count_start(folder, "b") for _ in range(2)] == [1, 2]
+    folder.evaluations.mkdir()
+    (folder.evaluations / "step_000005.json").write_text("{}")
+    assert [attempts.count_start(folder, "b") for _ in range(2)] == [1, 2]
+    attempts.forget_starts(folder)
+    assert attempts.count_start(folder, "b") == 1
+
+
+def test_a_flow_run_that_is_killed_again_and_again_is_given_up(folder: RunFolder, monkeypatch: Any) -> None:
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", "a")  # Prefect's own way to say it in tests
+    for _ in range(waiting.MAX_STARTS):
+        attempts.count_start(folder, "a")  # and killed: what follows it in run_held never runs
+    with pytest.raises(ValueError, match="killed 10 times in a row"), waiting.run_held(str(folder.path.parent), "tiny"):
+        pass
+    with waiting.run_held(str(folder.path.parent), "tiny"):
+        assert folder.starts_file.exists()
+    assert not folder.starts_file.exists()

@@ -22,6 +22,9 @@ SECRETS = [
     "https://example.org/corpus.parquet?X-Amz-Credential=AKIA123&X-Amz-Signature=hunter2",
     "https://account.blob.core.windows.net/c/x.txt?sv=2024&sig=hunter2",
     "https://example.org/x.txt?access_token=hunter2",
+    "https://hunter2@example.org/x.txt",
+    "https://example.org/x.txt?api_key=hunter2",
+    "https://account.blob.core.windows.net/c/x.txt?AccountKey=hunter2",
 ]
 
 
@@ -94,3 +97,11 @@ def test_commands_refuse_it_without_repeating_it(url: str, capsys: Any, tmp_path
     with pytest.raises(ValueError, match="holds a password, key or token"):
         exists(url)
     assert "hunter2" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/runs", "https://example.org/runs"])
+def test_a_run_has_its_folder_where_it_can_be_locked(url: str):
+    with pytest.raises(ValidationError, match="runs have their folders on a local or mounted file system"):
+        RunConfig(artifacts_dir=url)
+    with pytest.raises(SchemaError):
+        validate({"artifacts_dir": url}, schema(pretrain), raise_on_error=True)

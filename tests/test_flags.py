@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 
 import pytest
 from pydantic import ValidationError
@@ -19,10 +20,12 @@ from gpt2core.config import (
     first_error,
 )
 from gpt2core.flags import (
+    TRY_AGAIN,
     Parser,
     add_recipe,
     add_settings,
     as_flags,
+    exit_code,
     main_guard,
     read_config,
     run_config,
@@ -291,3 +294,18 @@ def test_main_guard_lets_our_own_mistakes_show():
 
     with pytest.raises(AssertionError):
         main_guard(main)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), TRY_AGAIN),
+        (OSError(errno.EIO, "Input/output error"), TRY_AGAIN),
+        (TimeoutError("read timed out"), TRY_AGAIN),
+        (OSError(errno.ENOSPC, "No space left on device"), 1),
+        (FileNotFoundError(errno.ENOENT, "No such file"), 1),
+        (ValueError("wrong"), 1),
+    ],
+)
+def test_what_storage_may_recover_from_is_tried_again(error: Exception, code: int):
+    assert exit_code(error) == code

@@ -15,7 +15,7 @@ import pytest
 from orchestration import Orchestration, kill_now, ranks
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.logging import disable_run_logger
-from prefect.states import Cancelled, Crashed, Pending, Running
+from prefect.states import AwaitingRetry, Cancelled, Crashed, Pending, Running
 
 from flows.automations import AUTOMATIONS, TAG, ensure_automations
 from gpt2core import attempts, lock
@@ -72,12 +72,19 @@ def test_a_run_that_crashes_again_and_again_before_it_runs_is_failed(
 ) -> None:
     flow_run = orchestration.start_run(TRAIN, lab.parameters(tmp_path))  # there is no worker
     with orchestration.client() as client:
-        for state in [Pending(), Crashed(), Pending(), Crashed()]:
+        for state in [
+            Pending(),
+            Crashed(),
+            AwaitingRetry(),
+            Pending(),
+            Crashed(),
+            AwaitingRetry(),
+        ]:  # the last by automation
             client.set_flow_run_state(flow_run, state, force=True)
         with disable_run_logger():
-            (line,) = orchestration.wait_until(lambda: reap_runs.fn(TAG, 1, 2), "the reaper to find the run")
+            (line,) = orchestration.wait_until(lambda: reap_runs.fn(TAG, 120, 2), "the reaper to find the run")
             assert "failed after 2 crashes before it ran" in line
-            assert reap_runs.fn(TAG, 1, 2) == []
+            assert reap_runs.fn(TAG, 120, 2) == []
     assert orchestration.state(flow_run) == "Failed"
 
 

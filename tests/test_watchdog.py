@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -135,3 +137,36 @@ def test_long_phases_are_progress(lab: Any, tmp_path: Path, beats: Any, phase: s
         saver.begin({"step": 1, "epoch": 0, "weights": torch.zeros(3_000_000)}, [])
         saver.finish()
     assert beats()
+
+
+HUNG = """
+import os, signal, subprocess, sys, threading
+from pathlib import Path
+from gpt2core import heartbeat
+from gpt2core.processes import Process
+from gpt2core.watchdog import end_orphans
+
+signal.signal(signal.SIGTERM, lambda *_: None)
+stopped = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+stopped.send_signal(signal.SIGSTOP)
+file = Path(sys.argv[1])
+ranks = [heartbeat.Rank(process=Process.of(pid), parent=None) for pid in (os.getpid(), stopped.pid)]
+heartbeat.begin(file, ranks)
+end_orphans(os.getppid(), file, 0.1)
+print("hangs", flush=True)
+threading.Lock().acquire() and threading.Event().wait()
+"""
+
+
+def test_hung_ranks_whose_launcher_was_killed_end_by_themselves(tmp_path: Path) -> None:
+    """As after a cancel that did not help: Prefect kills the flow and torchrun, and nobody is left to kill the ranks."""
+    file = tmp_path / "heartbeat.json"
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {HUNG!r}, {str(file)!r}])"
+    with subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "hangs\n"
+        trainer = heartbeat.read(file)
+        assert trainer and all(rank.process.is_alive() for rank in trainer.ranks)
+        process.kill()
+        assert process.stdout.read() == "", "until all that have this pipe are gone"
+    for rank in trainer.ranks:
+        assert not rank.process.is_alive()
