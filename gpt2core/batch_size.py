@@ -56,7 +56,7 @@ def _fits(model: nn.Module, config: RunConfig, device: torch.device, size: int) 
         moments = torch.empty(ADAM_BYTES * config.model.num_parameters(), dtype=torch.uint8, device=device)
         tokens = torch.zeros(size, config.model.context_length, dtype=torch.int64, device=device)
         with no_sync(model):
-            model(tokens, tokens).backward()
+            model(tokens, tokens.clone()).backward()  # one tensor for both would be compiled for that alone
         torch.cuda.synchronize(device)
         del moments
         return True
