@@ -9,9 +9,10 @@ import argparse
 import contextlib
 import faulthandler
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -263,5 +264,18 @@ def describe(ranks: Ranks) -> str:
     return f"{ranks.device.type} ({name}), {ranks.world_size} ranks, torch {torch.__version__}"
 
 
+def _end_at_once(code: str | int | None) -> NoReturn:
+    """Ends a rank that failed without the interpreter's clean-up, in which the threads of gloo abort some processes: the
+    launcher would read SIGABRT in place of the code that says whether to try again."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
 if __name__ == "__main__":
-    main_guard(main)
+    try:
+        main_guard(main)
+    except SystemExit as end:
+        if end.code and "WORLD_SIZE" in os.environ:
+            _end_at_once(end.code)
+        raise
