@@ -18,6 +18,7 @@ def evaluate(
     artifacts_dir: LocalFolder = "artifacts",
     checkpoint: PathOrUrl = "latest",
     hellaswag: PathOrUrl | None = None,
+    hellaswag_convention: Literal["build-nanogpt", "lm-eval", "both"] | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     force: bool = False,
     if_there: bool = False,
@@ -27,12 +28,22 @@ def evaluate(
     Args:
         run_name: Name of the run whose checkpoint it is.
         artifacts_dir: Folder under which each run has a folder of its own.
-        checkpoint: latest, best, or a name in the run's checkpoints such as epoch_00003.
+        checkpoint: latest, best, a name in the run's checkpoints such as epoch_00003, a path or URL, or a folder that
+            transformers loads.
         hellaswag: HellaSwag's jsonl file, path or URL, or a hub dataset; without one that of the run.
+        hellaswag_convention: How to read and to count it; without one as the run's settings say.
         device: Where to compute; auto takes a GPU if there is one.
         force: Measure again what was measured before.
         if_there: Do nothing, and call that well done, when there is no such checkpoint yet; for a schedule.
     """
     if if_there and not is_there(artifacts_dir, run_name, checkpoint):
         return Stage(stage=f"evaluate {checkpoint}", duration_s=0.0, note="there is no such checkpoint yet")
-    return evaluate_checkpoint(artifacts_dir, run_name, checkpoint, hellaswag=hellaswag, device=device, force=force)
+    return evaluate_checkpoint(
+        artifacts_dir,
+        run_name,
+        checkpoint,
+        hellaswag=hellaswag,
+        hellaswag_convention=hellaswag_convention,
+        device=device,
+        force=force,
+    )

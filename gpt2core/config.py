@@ -216,7 +216,7 @@ class TrainConfig(Settings):
 class EvalConfig(Settings):
     """What a checkpoint is measured on."""
 
-    free_to_change = frozenset({"hellaswag", "val_tokens"})
+    free_to_change = frozenset({"hellaswag", "hellaswag_convention", "val_tokens"})
 
     val_tokens: Positive = Field(
         2_621_440, description="Tokens of the validation shard to measure the loss on, from its start."
@@ -224,6 +224,11 @@ class EvalConfig(Settings):
     hellaswag: PathOrUrl = Field(
         "Rowan/hellaswag",
         description="HellaSwag's validation set: a Hugging Face dataset, or the path or URL of a jsonl file.",
+    )
+    hellaswag_convention: Literal["build-nanogpt", "lm-eval", "both"] = Field(
+        "both",
+        description="How a checkpoint's HellaSwag accuracy is measured: by build-nanogpt's convention, by lm-eval's, or both; "
+        "while training it is build-nanogpt's.",
     )
 
 

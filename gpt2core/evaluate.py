@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import math
+import hashlib
 import os
 import time
 from datetime import UTC, datetime
@@ -15,15 +15,16 @@ from gpt2core.config import EvalConfig, RunConfig
 from gpt2core.distributed import Ranks
 from gpt2core.evaluation import validation_loss
 from gpt2core.flags import Parser, main_guard
-from gpt2core.hellaswag import evaluate_hellaswag, load_hellaswag
+from gpt2core.hellaswag import Questions, evaluate_hellaswag, load_hellaswag
 from gpt2core.launch import die_with_parent, tell
 from gpt2core.loader import Sequences
 from gpt2core.metrics import MetricsLog
-from gpt2core.records import Evaluation, HellaSwagScore
+from gpt2core.model import GPT
+from gpt2core.records import Convention, Evaluation, HellaSwagScore
 from gpt2core.run_checkpoint import NamedCheckpoint, load_named
 from gpt2core.run_folder import RunFolder
 from gpt2core.shards import cache_of, open_shards
-from gpt2core.storage import write_text
+from gpt2core.storage import read_text, write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,28 +36,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--artifacts_dir", default=defaults.artifacts_dir, help="folder of the runs")
     parser.add_argument("--data_dir", help="shards to measure on, if not those it was trained on")
     parser.add_argument("--hellaswag", metavar="PATH_OR_URL", help="jsonl file or hub dataset, if not the run's own")
+    parser.add_argument(
+        "--hellaswag_convention",
+        choices=["build-nanogpt", "lm-eval", "both"],
+        help="how to read and to count it, if not as the run's settings say",
+    )
     parser.add_argument("--val_tokens", type=int, help="tokens of the validation shard, if not the run's own number")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     parser.add_argument("--force", action="store_true", help="measure again what was measured before")
+    parser.add_argument("--result", metavar="FILE", type=Path, help="write the result here, too, as JSON")
 
 
 def evaluate(arguments: argparse.Namespace) -> Evaluation:
     """Measures the checkpoint, or answers from the stored result of the same measurement.
 
-    The result goes to evaluations/step_XXXXXX.json in the run's folder, its log, metrics and TensorBoard.
+    The result of a run's checkpoint goes to evaluations/ in the run's folder, its log, metrics and TensorBoard; that of
+    another one lies beside it.
     """
-    started = time.perf_counter()
     folder = RunFolder(arguments.artifacts_dir, arguments.run_name)
-    checkpoint = load_named(arguments.checkpoint, folder)
+    result = _measured(arguments, folder, load_named(arguments.checkpoint, folder))
+    if arguments.result:
+        write_text(arguments.result, result.model_dump_json())
+    return result
+
+
+def _measured(arguments: argparse.Namespace, folder: RunFolder, checkpoint: NamedCheckpoint) -> Evaluation:
+    started = time.perf_counter()
     config = checkpoint.config
-    wanted = EvalConfig(
-        val_tokens=config.evaluation.val_tokens if arguments.val_tokens is None else arguments.val_tokens,
-        hellaswag=arguments.hellaswag or config.evaluation.hellaswag,
+    asked = {name: getattr(arguments, name) for name in ("val_tokens", "hellaswag", "hellaswag_convention")}
+    wanted = EvalConfig.model_validate(
+        config.evaluation.model_dump() | {name: value for name, value in asked.items() if value is not None}
     )
     data_dir = arguments.data_dir or config.data.data_dir
     val = Sequences(open_shards(data_dir, "val", cache_of(config.data, tell)), config.model.context_length)
-    stored_in = folder.evaluations / f"step_{checkpoint.state['step']:06d}.json" if checkpoint.sha256 else None
-    if stored_in and not arguments.force and (stored := _stored(stored_in)) and _same(stored, checkpoint, wanted, val):
+    is_own = data_dir == config.data.data_dir and wanted == config.evaluation
+    stored_in = _result_file(checkpoint, folder, "" if is_own else "_" + _digest(wanted, val))
+    identity = checkpoint.sha256 or checkpoint.weights_sha256()
+    if not arguments.force and (stored := _stored(stored_in)) and _same(stored, identity, wanted, val):
         print(f"already measured at {stored.measured_at}: {stored_in} (--force measures again)", flush=True)
         return stored
     ranks = Ranks.join(arguments.device)
@@ -69,63 +85,101 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
         config.batch_size_without_gradients(),
         ranks,
     )
+    scores = _hellaswag_scores(model, wanted, ranks, required=arguments.hellaswag is not None)
     result = Evaluation(
         run_name=config.run_name,
         checkpoint=checkpoint.name,
-        sha256=checkpoint.sha256,
+        sha256=identity,
         step=checkpoint.state["step"],
         epoch=checkpoint.state["epoch"],
-        val_loss=val_loss,
-        perplexity=math.exp(min(val_loss, 700.0)),
+        val_loss=val_loss.mean,
+        val_loss_stderr=val_loss.stderr,
+        perplexity=val_loss.perplexity,
+        bits_per_byte=val_loss.bits_per_byte,
         val_tokens=wanted.val_tokens,
         val_fingerprint=val.fingerprint,
-        hellaswag=_hellaswag_score(model, wanted.hellaswag, ranks, required=arguments.hellaswag is not None),
+        hellaswag=scores.get("build-nanogpt"),
+        hellaswag_lm_eval=scores.get("lm-eval"),
         duration_s=time.perf_counter() - started,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    if stored_in and ranks.is_main:
-        write_text(stored_in, result.model_dump_json(indent=2) + "\n")
-        _log(folder, config, result)
+    if ranks.is_main:
+        _store(stored_in, result)
+        if checkpoint.is_of_a_run:
+            _log(folder, config, result)
     ranks.leave()
     return result
 
 
-def _stored(path: Path) -> Evaluation | None:
+def _digest(wanted: EvalConfig, val: Sequences) -> str:
+    """Tells measurements on other data than the run's own apart."""
+    return hashlib.sha256(f"{val.fingerprint} {wanted.val_tokens} {wanted.hellaswag}".encode()).hexdigest()[:8]
+
+
+def _result_file(checkpoint: NamedCheckpoint, folder: RunFolder, suffix: str) -> str:
+    if checkpoint.is_of_a_run:
+        return str(folder.evaluations / f"step_{checkpoint.state['step']:06d}{suffix}.json")
+    return f"{checkpoint.name.rstrip('/').removesuffix('.pt')}.evaluation{suffix}.json"
+
+
+def _stored(location: str) -> Evaluation | None:
     try:
-        return Evaluation.model_validate_json(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValidationError):
+        return Evaluation.model_validate_json(read_text(location))
+    except (OSError, ValidationError):
         return None
 
 
-def _same(stored: Evaluation, checkpoint: NamedCheckpoint, wanted: EvalConfig, val: Sequences) -> bool:
-    """Whether the stored result is of these weights, on this data."""
-    measured_on = (
-        stored.sha256,
-        stored.val_tokens,
-        stored.val_fingerprint,
-        stored.hellaswag and stored.hellaswag.source,
-    )
-    return measured_on == (checkpoint.sha256, wanted.val_tokens, val.fingerprint, wanted.hellaswag)
+def _store(location: str, result: Evaluation) -> None:
+    try:
+        write_text(location, result.model_dump_json(indent=2) + "\n")
+    except (OSError, NotImplementedError) as error:  # beside a checkpoint that may be only ours to read
+        print(f"WARNING: the result is not kept, for {location} cannot be written ({error})", flush=True)
 
 
-def _hellaswag_score(model, source: str, ranks: Ranks, required: bool) -> HellaSwagScore | None:  # type: ignore[no-untyped-def]
+def _same(stored: Evaluation, identity: str, wanted: EvalConfig, val: Sequences) -> bool:
+    """Whether the stored result is of these weights, on this data, and has all that is wanted."""
+    scores = {"build-nanogpt": stored.hellaswag, "lm-eval": stored.hellaswag_lm_eval}
+    sources = [(score := scores[convention]) and score.source for convention in _conventions(wanted)]
+    measured_on = (stored.sha256, stored.val_tokens, stored.val_fingerprint)
+    return measured_on == (identity, wanted.val_tokens, val.fingerprint) and set(sources) == {wanted.hellaswag}
+
+
+def _conventions(wanted: EvalConfig) -> list[Convention]:
+    return ["build-nanogpt", "lm-eval"] if wanted.hellaswag_convention == "both" else [wanted.hellaswag_convention]
+
+
+def _hellaswag_scores(model: GPT, wanted: EvalConfig, ranks: Ranks, required: bool) -> dict[Convention, HellaSwagScore]:
+    """By convention; without those that the default source, or a file made for build-nanogpt's alone, does not allow."""
+    source = wanted.hellaswag
     try:
         examples = load_hellaswag(source)
     except ValueError as error:
         if required or source != EvalConfig().hellaswag:
             raise
         print(f"WARNING: evaluated without HellaSwag: {error}", flush=True)
-        return None
-    print(f"HellaSwag, {len(examples)} examples of {source} ...", flush=True)
-    result = evaluate_hellaswag(model, examples, ranks)
-    return HellaSwagScore(
-        source=source,
-        examples=result.examples,
-        acc=result.acc,
-        acc_stderr=result.acc_stderr,
-        acc_norm=result.acc_norm,
-        acc_norm_stderr=result.acc_norm_stderr,
-    )
+        return {}
+    scores: dict[Convention, HellaSwagScore] = {}
+    for convention in _conventions(wanted):
+        try:
+            questions = Questions.of(examples, convention, model.config.context_length)
+        except ValueError as error:
+            if wanted.hellaswag_convention != "both":
+                raise
+            print(f"WARNING: {error}", flush=True)
+            continue
+        print(f"HellaSwag by {convention}'s convention, {len(examples)} examples of {source} ...", flush=True)
+        result = evaluate_hellaswag(model, questions, ranks)
+        scores[convention] = HellaSwagScore(
+            convention=convention,
+            source=source,
+            examples=result.examples,
+            truncated=result.truncated,
+            acc=result.acc,
+            acc_stderr=result.acc_stderr,
+            acc_norm=result.acc_norm,
+            acc_norm_stderr=result.acc_norm_stderr,
+        )
+    return scores
 
 
 def _log(folder: RunFolder, config: RunConfig, result: Evaluation) -> None:
@@ -143,14 +197,17 @@ def _log(folder: RunFolder, config: RunConfig, result: Evaluation) -> None:
 
 def describe(result: Evaluation) -> str:
     """The result in a line."""
-    line = (
-        f"{result.checkpoint} (step {result.step}): val_loss {result.val_loss:.4f}, perplexity {result.perplexity:.2f}"
-    )
-    if score := result.hellaswag:
-        line += (
-            f", HellaSwag ({score.convention}, {score.examples} examples) acc {score.acc:.4f} ± {score.acc_stderr:.4f}, "
-            f"acc_norm {score.acc_norm:.4f} ± {score.acc_norm_stderr:.4f}"
-        )
+    error = "" if result.val_loss_stderr is None else f" ± {result.val_loss_stderr:.4f}"
+    line = f"{result.checkpoint} (step {result.step}): val_loss {result.val_loss:.4f}{error}, perplexity {result.perplexity:.2f}"
+    if result.bits_per_byte is not None:
+        line += f", {result.bits_per_byte:.4f} bits a byte"
+    for score in (result.hellaswag, result.hellaswag_lm_eval):
+        if score:
+            cut = f", {score.truncated} contexts cut" if score.truncated else ""
+            line += (
+                f"; HellaSwag ({score.convention}, {score.examples} examples{cut}) "
+                f"acc {score.acc:.4f} ± {score.acc_stderr:.4f}, acc_norm {score.acc_norm:.4f} ± {score.acc_norm_stderr:.4f}"
+            )
     return line
 
 

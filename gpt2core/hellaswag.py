@@ -1,34 +1,40 @@
 """HellaSwag (Zellers et al. 2019): which of four endings does the model find likeliest?
 
-Convention, the one of karpathy/build-nanogpt: the text is ctx + " " + ending, with no activity label in front.
+Two conventions, of which each report names its own:
 
-    acc       the ending with the lowest summed loss over its tokens is right
-    acc_norm  the ending with the lowest mean loss over its tokens is right
+    build-nanogpt  The text is ctx + " " + ending, with no activity label in front (karpathy/build-nanogpt, hellaswag.py).
+                   acc:      the ending with the lowest summed loss over its tokens is right
+                   acc_norm: the ending with the lowest mean loss over its tokens is right
+    lm-eval        The activity label comes first, and WikiHow's markup is cleaned away (EleutherAI's
+                   lm-evaluation-harness, task hellaswag).
+                   acc:      as above
+                   acc_norm: the ending with the lowest loss a character of it is right
 
-GPT-2 124M as OpenAI released it scores acc 28.59%, acc_norm 29.55% by it on the 10,042 validation examples.
+GPT-2 124M as OpenAI released it scores acc 28.59%, acc_norm 29.55% by the first on the 10,042 validation examples.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
 
-from gpt2core import heartbeat
 from gpt2core.config import first_error
 from gpt2core.distributed import Ranks
 from gpt2core.model import GPT
-from gpt2core.tokenizer import encoding
+from gpt2core.records import Convention
+from gpt2core.shared_context import Row, ending_losses
+from gpt2core.tokenizer import EOT, encoding
 
 HUB_TIMEOUT_S = 10.0
-TOKENS_PER_BATCH = 16_384
+ENDINGS = 4
 
 
 class Example(BaseModel):
@@ -37,13 +43,20 @@ class Example(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     ctx: str = Field(min_length=1)
-    endings: list[str] = Field(min_length=4, max_length=4)
-    label: int = Field(ge=0, le=3)
+    endings: list[Annotated[str, Field(min_length=1)]] = Field(min_length=ENDINGS, max_length=ENDINGS)
+    label: int = Field(ge=0, lt=ENDINGS)
+    activity_label: str | None = None
+    ctx_a: str | None = None
+    ctx_b: str | None = None
 
 
 @dataclass(frozen=True)
 class HellaSwagResult:
+    """Shares of right answers; NaN when the model gave a loss that is not finite."""
+
+    convention: Convention
     examples: int
+    truncated: int  # examples of which an ending saw only the end of its context, for the model cannot read all of it
     acc: float
     acc_norm: float
 
@@ -111,70 +124,105 @@ def _hub_rows(source: str) -> Iterable[Any]:
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    """One context with one ending: `tokens` and the number of them, at the end, that belong to the ending."""
+class Questions:
+    """The examples as a model of one context_length reads them by one convention; to be made once and asked often."""
 
-    tokens: list[int]
-    ending_length: int
+    convention: Convention
+    rows: list[Row]  # an example's four endings are numbered from 4 times its own number
+    lengths: torch.Tensor  # (examples, 4), by which acc_norm divides an ending's loss
+    labels: torch.Tensor  # (examples,)
+    truncated: int
+
+    @classmethod
+    def of(cls, examples: list[Example], convention: Convention, context_length: int) -> Questions:
+        """Raises ValueError for an example without what the convention needs."""
+        joined = convention == "lm-eval"
+        texts = (
+            [_lm_eval_text(*one) for one in enumerate(examples, start=1)] if joined else [*map(_plain_text, examples)]
+        )
+        pairs = _encode_joined(texts) if joined else _encode_apart(texts)
+        limit = context_length + 1 if joined else context_length  # tokens of a context and its ending
+        rows: list[Row] = []
+        truncated = 0
+        for first in range(0, len(pairs), ENDINGS):
+            of_example = pairs[first : first + ENDINGS]
+            context = of_example[0][0]
+            if all(other == context and len(context) + len(ending) <= limit for other, ending in of_example):
+                rows.append(Row(context, [ending for _, ending in of_example], first))
+                continue
+            truncated += any(len(own) + len(ending) > limit for own, ending in of_example)
+            rows += [_alone(*pair, limit, first + nth) for nth, pair in enumerate(of_example)]
+        read = [ending for row in rows for ending in row.endings]
+        lengths = [len(ending) for ending in (chain.from_iterable(of for _, of in texts) if joined else read)]
+        labels = torch.tensor([example.label for example in examples])
+        return cls(convention, rows, torch.tensor(lengths, dtype=torch.float64).view(-1, ENDINGS), labels, truncated)
 
 
-def _candidates(examples: list[Example], context_length: int) -> list[_Candidate]:
-    """Four candidates an example; a context too long for the model loses its beginning."""
-    encode = encoding().encode_ordinary
-    found = []
-    for example in examples:
-        context = encode(example.ctx)
-        for ending in example.endings:
-            tail = encode(" " + ending)
-            tokens = (context + tail)[-context_length:]
-            found.append(_Candidate(tokens, min(len(tail), len(tokens) - 1)))
-    return found
+def _alone(context: list[int], ending: list[int], limit: int, number: int) -> Row:
+    """One ending with the end of its context, no more than `limit` tokens in all; a token at least is context."""
+    tokens = (context + ending)[-limit:]
+    start = max(1, len(tokens) - len(ending))
+    return Row(tokens[:start], [tokens[start:]], number)
 
 
-@torch.no_grad()
-def evaluate_hellaswag(model: GPT, examples: list[Example], ranks: Ranks) -> HellaSwagResult:
-    """acc and acc_norm of the model; the ranks share the candidates, and all of them get the result."""
-    candidates = _candidates(examples, model.config.context_length)
-    losses = torch.zeros(2, len(candidates), dtype=torch.float64)  # summed and mean loss of each candidate
-    longest_first = sorted(range(len(candidates)), key=lambda i: -len(candidates[i].tokens))
-    # The batches are the same for any number of ranks, and so is each candidate's loss.
-    for batch in list(_batches(longest_first, candidates))[ranks.rank :: ranks.world_size]:
-        losses[:, batch] = _ending_losses(model, [candidates[i] for i in batch], ranks.device).double().cpu()
-        heartbeat.beat()
-    summed, mean = ranks.sum(losses).view(2, len(examples), 4)
-    labels = torch.tensor([example.label for example in examples])
-    return HellaSwagResult(
-        examples=len(examples),
-        acc=(summed.argmin(1) == labels).double().mean().item(),
-        acc_norm=(mean.argmin(1) == labels).double().mean().item(),
+Text = tuple[str, list[str]]  # a context and its endings
+Pairs = list[tuple[list[int], list[int]]]  # tokens of the context and the ending of each candidate
+
+
+def _plain_text(example: Example) -> Text:
+    return example.ctx, example.endings
+
+
+def _lm_eval_text(number: int, example: Example) -> Text:
+    if example.activity_label is None or example.ctx_a is None or example.ctx_b is None:
+        raise ValueError(
+            f"HellaSwag by lm-eval's convention needs activity_label, ctx_a and ctx_b, which example {number} lacks: "
+            f"give a file that has them, or --hellaswag_convention build-nanogpt"
+        )
+    context = f"{example.activity_label}: {example.ctx_a} {example.ctx_b.capitalize()}"
+    endings = [_clean(ending) for ending in example.endings]
+    if "" in endings:
+        raise ValueError(f"HellaSwag by lm-eval's convention: example {number} has an ending of nothing but markup")
+    return _clean(context), endings
+
+
+def _clean(text: str) -> str:
+    """Without the markup that WikiHow's articles brought along."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def _encode_apart(texts: list[Text]) -> Pairs:
+    contexts = encoding().encode_ordinary_batch([context for context, _ in texts])
+    endings = encoding().encode_ordinary_batch([f" {ending}" for _, endings in texts for ending in endings])
+    return [(contexts[number // ENDINGS], ending) for number, ending in enumerate(endings)]
+
+
+def _encode_joined(texts: list[Text]) -> Pairs:
+    """As the harness does it: context and ending in one, and the ending is what comes after as many tokens as the context
+    has alone; spaces at the context's end belong to the ending."""
+    contexts = encoding().encode_ordinary_batch([context.rstrip() for context, _ in texts])
+    whole = encoding().encode_ordinary_batch(
+        [f"{context} {ending}" for context, endings in texts for ending in endings]
     )
+    cuts = [len(contexts[number // ENDINGS]) for number in range(len(whole))]
+    return [(tokens[:cut] or [EOT], tokens[cut:]) for tokens, cut in zip(whole, cuts, strict=True)]
 
 
-def _batches(longest_first: list[int], candidates: list[_Candidate]) -> Iterator[list[int]]:
-    """Neighbours in length go together, so that little of a batch is padding."""
-    batch: list[int] = []
-    for i in longest_first:
-        if batch and len(candidates[batch[0]].tokens) * (len(batch) + 1) > TOKENS_PER_BATCH:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+def choices(model: GPT, questions: Questions, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The ending that the model chooses for each example, by summed loss and by acc_norm's, each (examples,).
+
+    None when a loss is not finite.
+    """
+    summed = ending_losses(model, questions.rows, ranks).view(-1, ENDINGS)
+    if not summed.isfinite().all():
+        return None
+    return summed.argmin(1), (summed / questions.lengths).argmin(1)
 
 
-def _ending_losses(model: GPT, batch: list[_Candidate], device: torch.device) -> Tensor:
-    """Summed and mean loss over each candidate's ending, (2, len(batch))."""
-    longest = max(len(candidate.tokens) for candidate in batch)
-    tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
-    is_ending = torch.zeros(len(batch), longest, dtype=torch.bool)
-    for row, candidate in enumerate(batch):
-        end = len(candidate.tokens)
-        tokens[row, :end] = torch.tensor(candidate.tokens)
-        is_ending[row, end - candidate.ending_length : end] = True
-    tokens, is_ending = tokens.to(device), is_ending.to(device)
-    foretells = is_ending.roll(-1, dims=1)  # position t foretells token t + 1; no ending begins at token 0
-    logits = model.lm_head(model.hidden(tokens)[foretells])  # (ending tokens of the whole batch, V)
-    losses = torch.zeros(tokens.shape, device=device)
-    losses[is_ending] = F.cross_entropy(logits.float(), tokens[is_ending], reduction="none")
-    summed = losses.sum(1)
-    return torch.stack([summed, summed / is_ending.sum(1)])
+def evaluate_hellaswag(model: GPT, questions: Questions, ranks: Ranks) -> HellaSwagResult:
+    """acc and acc_norm of the model; the ranks share the work, and all of them get the result."""
+    chosen = choices(model, questions, ranks)
+    acc, acc_norm = (
+        ((choice == questions.labels).double().mean().item() for choice in chosen) if chosen else (math.nan, math.nan)
+    )
+    return HellaSwagResult(questions.convention, len(questions.labels), questions.truncated, acc, acc_norm)

@@ -40,8 +40,12 @@ class KeyValueCache:
         keys[:, :, self.length :] = k
         values[:, :, self.length :] = v
         if not self.is_padded and (new == 1 or self.length == 0):
-            return F.scaled_dot_product_attention(q, keys, values, is_causal=new > 1).transpose(1, 2)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self._visible(new)).transpose(1, 2)
+            y = F.scaled_dot_product_attention(q, keys, values, is_causal=new > 1)
+        else:
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self._visible(new))
+        if layer == len(self.stored) - 1:
+            self.length = end
+        return y.transpose(1, 2)
 
     def _visible(self, new: int) -> Tensor:
         """Which stored tokens each new one may see, (B, 1, T, S): its text up to itself; padding sees itself alone, for a

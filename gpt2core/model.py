@@ -11,17 +11,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2core.config import ModelConfig
+from gpt2core.config import VOCAB_SIZE, ModelConfig
 from gpt2core.kernels import PLAIN, Kernels
-from gpt2core.kv_cache import KeyValueCache
 
 INIT_STD = 0.02  # GPT-2's released code, model.py
+
+
+class Layout(Protocol):
+    """Where tokens stand in their texts, and which others they see, when it is not one text a row from its beginning."""
+
+    def positions(self, count: int) -> Tensor:
+        """Of the next `count` tokens: (B, T)."""
+
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        """Attention, (B, T, H, D), of the queries, keys and values in (B, T, 3, H, D); called for each layer in turn."""
 
 
 class Linear(nn.Linear):
@@ -122,7 +131,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V) of `tokens` (B, T); with `targets` (B, T), the cross-entropy in nats.
 
-        The loss is a scalar for reduction 'mean', and one number a token, (B, T), for 'none'; always fp32.
+        For reduction 'mean' the loss is a scalar, to train on; for 'none' it is one number a token, (B, T), to be reported: as
+        in the published model, the vocabulary's padding takes no part in it. Both are fp32.
         """
         x = self.hidden(tokens)  # (B, T, C)
         if targets is not None and reduction == "mean":
@@ -130,21 +140,20 @@ class GPT(nn.Module):
         logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
             return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
+        published = logits.flatten(0, 1)[:, :VOCAB_SIZE].float()
+        return F.cross_entropy(published, targets.flatten(), reduction="none").view_as(targets)
 
-    def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:
         """What the head reads: the last block's output after the final LayerNorm, (B, T, C).
 
-        With a cache, `tokens` go on where those before ended, and are stored in it.
+        Without a layout each row of `tokens` (B, T) is a text from its beginning.
         """
         T = tokens.shape[1]  # noqa: N806
-        if cache is None and self.config.context_length < T:
+        if layout is None and self.config.context_length < T:
             raise ValueError(f"{T} tokens are more than the model's context_length {self.config.context_length}")
-        position = torch.arange(T, device=tokens.device) if cache is None else cache.positions(T)
+        position = torch.arange(T, device=tokens.device) if layout is None else layout.positions(T)
         x = self.transformer.wte(tokens) + self.transformer.wpe(position)  # (B, T, C)
         x = x.to(self.compute_dtype)
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, None if cache is None else partial(cache.attend, layer))
-        if cache is not None:
-            cache.length += T
+            x = block(x, None if layout is None else partial(layout.attend, layer))
         return self.transformer.ln_f(x)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class Stage(Record):
@@ -26,12 +26,16 @@ class Stage(Record):
     tokens_per_sec: float | None = None
 
 
-class HellaSwagScore(Record):
-    """Shares of right answers with their standard errors."""
+Convention = Literal["build-nanogpt", "lm-eval"]  # of HellaSwag; gpt2core.hellaswag says what they are
 
-    convention: Literal["build-nanogpt"] = "build-nanogpt"
+
+class HellaSwagScore(Record):
+    """Shares of right answers with their standard errors; NaN when the model gave no finite losses."""
+
+    convention: Convention = "build-nanogpt"
     source: str
     examples: int
+    truncated: int = 0  # examples whose context was longer than the model can read
     acc: float
     acc_stderr: float
     acc_norm: float
@@ -47,10 +51,13 @@ class Evaluation(Record):
     step: int
     epoch: int
     val_loss: float  # nats a token
+    val_loss_stderr: float | None = None  # over sequences
     perplexity: float
+    bits_per_byte: float | None = None  # of the text, <|endoftext|> left out
     val_tokens: int
     val_fingerprint: str
-    hellaswag: HellaSwagScore | None
+    hellaswag: HellaSwagScore | None  # by build-nanogpt's convention
+    hellaswag_lm_eval: HellaSwagScore | None = None
     duration_s: float
     measured_at: str  # UTC, ISO 8601
 

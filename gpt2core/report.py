@@ -12,10 +12,9 @@ from gpt2core.storage import publish
 
 
 def evaluations(folder: RunFolder) -> dict[int, Evaluation]:
-    """All measurements of the run by step."""
-    found = [
-        Evaluation.model_validate_json(path.read_text("utf-8")) for path in sorted(folder.evaluations.glob("*.json"))
-    ]
+    """The run's measurement of each step: that with its own settings, else one on other data."""
+    ad_hoc_first = sorted(folder.evaluations.glob("*.json"), key=lambda path: (path.stem.count("_") == 1, path))
+    found = [Evaluation.model_validate_json(path.read_text("utf-8")) for path in ad_hoc_first]
     return {evaluation.step: evaluation for evaluation in found}
 
 

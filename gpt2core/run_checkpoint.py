@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from gpt2core.checkpoint import load
 from gpt2core.checkpoint_folder import BEST, CheckpointFolder
@@ -24,6 +27,19 @@ class NamedCheckpoint:
     name: str  # its name in the run's folder, else its path or URL
     state: dict[str, Any]
     sha256: str | None  # from the sidecar, None for one outside a run folder
+
+    @property
+    def is_of_a_run(self) -> bool:
+        """Whether it lies among the checkpoints of the run that was named."""
+        return self.sha256 is not None
+
+    def weights_sha256(self) -> str:
+        """What tells these weights from others, wherever they lie."""
+        hashed = hashlib.sha256()
+        for name, tensor in sorted(self.state["model"].items()):
+            hashed.update(name.encode())
+            hashed.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return hashed.hexdigest()
 
     @property
     def config(self) -> RunConfig:

@@ -133,6 +133,12 @@ def mergeable_ranks() -> dict[bytes, int]:
     return {bytes(byte_of[character] for character in token): rank for rank, token in enumerate(_tokens())}
 
 
+@functools.cache
+def token_bytes() -> np.ndarray:
+    """How many bytes of text each token stands for, (50257,) int64; <|endoftext|> for none."""
+    return np.array([*map(len, mergeable_ranks()), 0], np.int64)
+
+
 def _tokens() -> list[str]:
     """All 50,256 ordinary tokens in rank order: the 256 bytes, then one for each merge."""
     merges = vocab_bpe().split("\n")[1:-1]  # the first line names the version, the last is empty

@@ -22,7 +22,7 @@ from gpt2core.config import EvalConfig, RunConfig
 from gpt2core.distributed import Ranks, StopRequest, no_sync, pick_dtype, use_compile
 from gpt2core.evaluation import validation_loss
 from gpt2core.generate import generate
-from gpt2core.hellaswag import Example, evaluate_hellaswag, load_hellaswag
+from gpt2core.hellaswag import Questions, evaluate_hellaswag, load_hellaswag
 from gpt2core.kernels import pick_kernels
 from gpt2core.launch import tell
 from gpt2core.loader import Loader, Sequences
@@ -85,7 +85,7 @@ class Trainer:
             seed=train.seed,
             device=ranks.device,
         )
-        self.hellaswag = _hellaswag_examples(config.evaluation) if train.hellaswag_freq else None
+        self.hellaswag = _hellaswag_questions(config) if train.hellaswag_freq else None
         self.peak_flops = peak_flops(ranks.device)
         self.step = 0
         self.logged_wait_s = 0.0
@@ -236,7 +236,7 @@ class Trainer:
             self.config.evaluation.val_tokens,
             self.mini_batch_size,
             self.ranks,
-        )
+        ).mean
         if log:
             log.numbers(self.step, val_loss=self.val_loss)
         is_lower = self.best_val_loss is None or self.val_loss < self.best_val_loss
@@ -248,9 +248,13 @@ class Trainer:
     def evaluate_hellaswag(self, log: MetricsLog | None) -> None:
         if not self.hellaswag:
             return
+        began = self.now()
         result = evaluate_hellaswag(self.raw_model, self.hellaswag, self.ranks)
         if log:
-            log.numbers(self.step, acc=result.acc, acc_norm=result.acc_norm, examples=result.examples)
+            seconds = self.now() - began
+            log.numbers(
+                self.step, acc=result.acc, acc_norm=result.acc_norm, examples=result.examples, hellaswag_s=seconds
+            )
 
     # --- state ---
 
@@ -318,15 +322,17 @@ def steps_per_epoch(config: RunConfig, sequences: Sequences) -> int:
     return steps
 
 
-def _hellaswag_examples(evaluation: EvalConfig) -> list[Example] | None:
-    """The examples; None, with a loud word, when the default source cannot be reached."""
+def _hellaswag_questions(config: RunConfig) -> Questions | None:
+    """The questions; None, with a loud word, when the default source cannot be reached."""
+    source = config.evaluation.hellaswag
     try:
-        return load_hellaswag(evaluation.hellaswag)
+        examples = load_hellaswag(source)
     except ValueError as error:
-        if evaluation.hellaswag != EvalConfig().hellaswag:
+        if source != EvalConfig().hellaswag:
             raise
         tell(f"WARNING: training goes on without HellaSwag: {error}")
         return None
+    return Questions.of(examples, "build-nanogpt", config.model.context_length)
 
 
 def seed_everything(seed: int) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from prefect import task
+from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from gpt2core.checkpoint_folder import BEST, CheckpointFolder
-from gpt2core.records import Stage
-from gpt2core.report import evaluations
+from gpt2core.records import Evaluation, Stage
 from gpt2core.run_folder import RunFolder
-from tasks.stage_process import StageError, run_stage, worth_a_retry
+from tasks.artifacts import LAST_UPDATE_S, artifact_key, beside
+from tasks.stage_process import run_stage, worth_a_retry
 
 
 def is_there(artifacts_dir: str, run_name: str, checkpoint: str) -> bool:
@@ -33,36 +38,49 @@ def evaluate_checkpoint(
     run_name: str,
     checkpoint: str,
     hellaswag: str | None = None,
+    hellaswag_convention: str | None = None,
     device: str = "auto",
     force: bool = False,
 ) -> Stage:
-    """Measures a checkpoint of the run by name (latest, best, epoch_00003); a stored result is used unless `force`."""
-    started = time.perf_counter()
-    folder = RunFolder(artifacts_dir, run_name)
-    arguments = [
-        "--artifacts_dir",
-        artifacts_dir,
-        "--run_name",
-        run_name,
-        "--checkpoint",
-        checkpoint,
-        "--device",
-        device,
-    ]
-    arguments += ["--hellaswag", hellaswag] if hellaswag else []
-    arguments += ["--force"] if force else []
-    found = CheckpointFolder(folder.checkpoints).find(BEST if checkpoint == "best" else checkpoint)
-    before = evaluations(folder)
-    run_stage("gpt2core.evaluate", arguments)
-    if found is None or (result := evaluations(folder).get(found.sidecar.step)) is None:
-        raise StageError(f"{folder.evaluations} has no result for {checkpoint}")
+    """Measures a checkpoint: the run's by name (latest, best, epoch_00003), or one at a path or URL; a stored result is used
+    unless `force`."""
+    started, began = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    where = ["--artifacts_dir", artifacts_dir, "--run_name", run_name, "--checkpoint", checkpoint]
+    settings = {"--device": device, "--hellaswag": hellaswag, "--hellaswag_convention": hellaswag_convention}
+    asked = [word for flag, value in settings.items() if value for word in (flag, value)]
+    with TemporaryDirectory() as scratch:
+        result_file = Path(scratch) / "result.json"
+        run_stage("gpt2core.evaluate", [*where, *asked, *["--force"] * force, "--result", str(result_file)])
+        result = Evaluation.model_validate_json(result_file.read_text(encoding="utf-8"))
+    beside(lambda: show_evaluation(run_name, result)).join(LAST_UPDATE_S)
     score = result.hellaswag
     return Stage(
         stage=f"evaluate {checkpoint}",
         duration_s=time.perf_counter() - started,
-        note="done before" if before.get(result.step) == result else "",
+        note="done before" if result.measured_at < began else "",
         step=result.step,
         val_loss=result.val_loss,
         acc=score and score.acc,
         acc_norm=score and score.acc_norm,
+    )
+
+
+def show_evaluation(run_name: str, result: Evaluation) -> None:
+    """The measurement as a table in the UI; those before it are the artifact's history."""
+    rows: list[dict[str, Any]] = [
+        {"measure": "validation loss, nats a token", "value": result.val_loss, "stderr": result.val_loss_stderr},
+        {"measure": "perplexity", "value": result.perplexity},
+        {"measure": "bits a byte", "value": result.bits_per_byte},
+    ]
+    for score in (result.hellaswag, result.hellaswag_lm_eval):
+        if score:
+            title = f"HellaSwag by {score.convention}'s convention, {score.examples} examples"
+            rows += [
+                {"measure": f"{title}: acc", "value": score.acc, "stderr": score.acc_stderr},
+                {"measure": f"{title}: acc_norm", "value": score.acc_norm, "stderr": score.acc_norm_stderr},
+            ]
+    create_table_artifact(
+        rows,
+        key=artifact_key("evaluation", run_name),
+        description=f"{result.checkpoint} of {run_name}, step {result.step}, measured at {result.measured_at}",
     )

@@ -9,10 +9,19 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from gpt2core.config import ModelConfig
 from gpt2core.evaluate import add_arguments, describe, evaluate
+from gpt2core.export import export_huggingface
+from gpt2core.loader import Sequences
 from gpt2core.records import Evaluation
+from gpt2core.report import evaluations
+from gpt2core.run_folder import RunFolder
+from gpt2core.shards import open_shards
+from gpt2core.tokenizer import EOT, encoding
 
 pytestmark = pytest.mark.slow  # each test starts trainers or other processes
 
@@ -35,10 +44,17 @@ def measure(run: Path, hellaswag: Path) -> Any:
     def measure(checkpoint: object, *flags: object, name: str = "tiny") -> Evaluation:
         parser = argparse.ArgumentParser()
         add_arguments(parser)
-        where = ["--artifacts_dir", run.parent, "--run_name", name, "--hellaswag", hellaswag, "--device", "cpu"]
-        return evaluate(parser.parse_args([str(word) for word in ["--checkpoint", checkpoint, *where, *flags]]))
+        where = ["--checkpoint", checkpoint, "--artifacts_dir", run.parent, "--run_name", name, "--device", "cpu"]
+        on = ["--hellaswag", hellaswag, "--hellaswag_convention", "build-nanogpt"]
+        return evaluate(parser.parse_args([str(word) for word in [*where, *on, *flags]]))
 
     return measure
+
+
+def stored(run: Path, step: int) -> Path:
+    """The only result of a step, which has another HellaSwag than the run's settings name."""
+    (found,) = (run / "evaluations").glob(f"step_{step:06d}_????????.json")
+    return found
 
 
 @pytest.mark.parametrize(("name", "step"), [("latest", 24), ("epoch_00001", 12), ("rolling_step_000022", 22)])
@@ -49,8 +65,7 @@ def test_a_name_measures_what_training_measured(measure: Any, run: Path, lab: An
     if step in val_losses:
         assert result.val_loss == pytest.approx(val_losses[step], abs=1e-6)
     assert result.perplexity == pytest.approx(math.exp(result.val_loss))
-    stored = Evaluation.model_validate_json((run / "evaluations" / f"step_{step:06d}.json").read_text())
-    assert stored == result
+    assert Evaluation.model_validate_json(stored(run, step).read_text()) == result
 
 
 def test_best_is_the_checkpoint_of_lowest_logged_loss(measure: Any, lab: Any, straight: Path) -> None:
@@ -61,13 +76,36 @@ def test_best_is_the_checkpoint_of_lowest_logged_loss(measure: Any, lab: Any, st
     assert result.val_loss == pytest.approx(min(val_losses.values()), abs=1e-6)
 
 
-def test_a_path_is_measured_but_not_stored_as_the_runs(measure: Any, run: Path, tmp_path: Path) -> None:
+def test_a_path_is_measured_once_and_its_result_lies_beside_it(measure: Any, run: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere.pt"
     elsewhere.write_bytes((run / "checkpoints" / "latest.pt").read_bytes())
     result = measure(elsewhere)
-    assert result.sha256 is None
     assert not (run / "evaluations").exists()
     assert result.val_loss == measure("latest").val_loss
+    (beside,) = tmp_path.glob("elsewhere.evaluation_*.json")
+    assert Evaluation.model_validate_json(beside.read_text()) == result
+    assert measure(elsewhere) == result
+    elsewhere.write_bytes((run / "checkpoints" / "epoch_00001.pt").read_bytes())
+    assert measure(elsewhere).step == 12
+
+
+def test_a_folder_of_transformers_is_measured(measure: Any, run: Path, lab: Any, tmp_path: Path) -> None:
+    state = torch.load(run / "checkpoints" / "latest.pt", weights_only=True)
+    export_huggingface(state["model"], ModelConfig.model_validate(state["config"]["model"]), tmp_path / "hf")
+    on = ["--data_dir", lab.data_dir, "--val_tokens", "1024"]
+    assert measure(tmp_path / "hf", *on).val_loss == pytest.approx(measure("latest", *on).val_loss, abs=1e-5)
+    assert list(tmp_path.glob("hf.evaluation_*.json"))
+
+
+def test_a_measurement_on_other_data_does_not_replace_the_runs_own(measure: Any, run: Path, tmp_path: Path) -> None:
+    ad_hoc = measure("latest", "--result", tmp_path / "result.json")
+    own = run / "evaluations" / "step_000024.json"
+    own.write_text(ad_hoc.model_copy(update={"val_loss": 1.0}).model_dump_json())
+    measure("latest", "--val_tokens", "512")
+    assert Evaluation.model_validate_json(own.read_text()).val_loss == 1.0
+    assert len(list((run / "evaluations").glob("*.json"))) == 3
+    assert evaluations(RunFolder(run.parent, "tiny"))[24].val_loss == 1.0
+    assert Evaluation.model_validate_json((tmp_path / "result.json").read_text()) == ad_hoc
 
 
 def test_a_file_url_is_measured_too(measure: Any, run: Path) -> None:
@@ -101,9 +139,8 @@ def test_another_dataset_is_measured_anew(measure: Any, other_data_dir: Path) ->
 
 def test_a_new_checkpoint_of_the_same_step_is_measured_anew(measure: Any, run: Path) -> None:
     measure("latest")
-    stored = run / "evaluations" / "step_000024.json"
-    record = json.loads(stored.read_text()) | {"sha256": "0" * 64, "val_loss": 1.0}
-    stored.write_text(json.dumps(record))
+    record = json.loads(stored(run, 24).read_text()) | {"sha256": "0" * 64, "val_loss": 1.0}
+    stored(run, 24).write_text(json.dumps(record))
     assert measure("latest").val_loss > 9
 
 
@@ -136,6 +173,52 @@ def test_hellaswag_gives_shares_with_standard_errors(measure: Any, hellaswag: Pa
         assert (share * 16).is_integer()
         assert stderr == pytest.approx(math.sqrt(share * (1 - share) / 16))
     assert f"acc_norm {score.acc_norm:.4f} ± {score.acc_norm_stderr:.4f}" in describe(result)
+
+
+def test_both_conventions_are_measured_and_named(measure: Any) -> None:
+    result = measure("latest", "--hellaswag_convention", "both")
+    assert result.hellaswag.convention == "build-nanogpt"
+    assert result.hellaswag_lm_eval.convention == "lm-eval"
+    assert result.hellaswag_lm_eval.truncated > 0  # the model reads 32 tokens
+    said = describe(result)
+    assert "HellaSwag (build-nanogpt, 16 examples" in said and "HellaSwag (lm-eval, 16 examples" in said
+    assert measure("latest") == result  # it has what is asked for now, and more
+
+
+def test_a_file_for_one_convention_is_measured_by_that(
+    measure: Any, hellaswag: Path, tmp_path: Path, capsys: Any
+) -> None:
+    rows = [json.loads(line) for line in hellaswag.read_text().splitlines()]
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text(
+        "".join(json.dumps({name: row[name] for name in ("ctx", "endings", "label")}) + "\n" for row in rows)
+    )
+    result = measure("latest", "--hellaswag", bare, "--hellaswag_convention", "both")
+    assert result.hellaswag and not result.hellaswag_lm_eval
+    assert "WARNING: HellaSwag by lm-eval's convention needs activity_label" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"needs activity_label, ctx_a and ctx_b"):
+        measure("latest", "--hellaswag", bare, "--hellaswag_convention", "lm-eval")
+
+
+def test_bits_per_byte_are_of_the_text_alone(measure: Any, lab: Any) -> None:
+    """Against the tokens decoded, one number for all of them."""
+    result = measure("latest", "--val_tokens", "1024")
+    tokens = Sequences(open_shards(str(lab.data_dir), "val"), 32)
+    targets = torch.cat([tokens.batch(np.array([number]))[1].flatten() for number in range(32)])
+    text_bytes = len(encoding().decode_bytes([token for token in targets.tolist() if token != EOT]))
+    whole = 1024 * result.val_loss / math.log(2) / text_bytes
+    assert result.bits_per_byte <= whole
+    assert result.bits_per_byte == pytest.approx(whole, rel=0.02)  # what <|endoftext|> costs
+    assert 0 < result.val_loss_stderr < 1
+
+
+def test_a_model_of_nan_is_measured_as_such(measure: Any, run: Path, tmp_path: Path) -> None:
+    state = torch.load(run / "checkpoints" / "latest.pt", weights_only=True)
+    state["model"]["transformer.ln_f.weight"].fill_(math.nan)
+    torch.save(state, tmp_path / "nan.pt")
+    first = measure(tmp_path / "nan.pt")
+    assert math.isnan(first.val_loss) and math.isnan(first.hellaswag.acc_norm)
+    assert measure(tmp_path / "nan.pt").measured_at == first.measured_at
 
 
 def test_a_hellaswag_file_that_is_not_there_is_an_error(measure: Any, tmp_path: Path) -> None:

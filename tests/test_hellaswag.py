@@ -1,4 +1,4 @@
-"""HellaSwag by build-nanogpt's convention, checked against the same sum done one ending at a time."""
+"""HellaSwag by build-nanogpt's convention, checked against the same sum done one ending at a time, and by lm-eval's."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt2core import hellaswag
-from gpt2core.config import ModelConfig
+from gpt2core import shared_context
+from gpt2core.config import VOCAB_SIZE, ModelConfig
 from gpt2core.distributed import Ranks
-from gpt2core.hellaswag import Example, HellaSwagResult, evaluate_hellaswag, load_hellaswag
+from gpt2core.hellaswag import Example, HellaSwagResult, Questions, evaluate_hellaswag, load_hellaswag
 from gpt2core.model import GPT
+from gpt2core.shared_context import ending_losses
 from gpt2core.tokenizer import encoding
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample" / "hellaswag_sample.jsonl"
@@ -53,27 +54,68 @@ def test_the_score_is_that_of_one_ending_at_a_time(context_length):
     labels = torch.tensor([example.label for example in examples])
     acc, acc_norm = ((expected[..., kind].argmin(1) == labels).double().mean().item() for kind in (0, 1))
     assert acc != acc_norm  # else the two could be swapped unseen
-    result = evaluate_hellaswag(model, examples, ALONE)
-    assert result == HellaSwagResult(examples=40, acc=acc, acc_norm=acc_norm)
+    questions = Questions.of(examples, "build-nanogpt", context_length)
+    assert (questions.truncated > 0) == (context_length == 48)
+    result = evaluate_hellaswag(model, questions, ALONE)
+    assert result == HellaSwagResult("build-nanogpt", 40, questions.truncated, acc, acc_norm)
+    losses = ending_losses(model, questions.rows, ALONE).view(40, 4)
+    torch.testing.assert_close(losses, expected[..., 0], atol=2e-3, rtol=1e-4)
+    torch.testing.assert_close(losses / questions.lengths, expected[..., 1], atol=2e-3, rtol=1e-4)
 
-    candidates = hellaswag._candidates(examples, context_length)
-    order = sorted(range(160), key=lambda i: -len(candidates[i].tokens))
-    losses = torch.zeros(2, 160)
+
+@pytest.mark.parametrize("convention", ["build-nanogpt", "lm-eval"])
+def test_a_context_is_computed_once_for_its_four_endings(convention):
+    examples = load_hellaswag(str(SAMPLE))
+    questions = Questions.of(examples, convention, 1024)
+    assert len(questions.rows) == 200
+    one_at_a_time = sum(len(row.context) + len(ending) for row in questions.rows for ending in row.endings)
+    computed = [len(batch[0]) * len(batch) for batch in shared_context._batches(questions.rows)]
+    assert sum(computed) < 0.7 * one_at_a_time
+    assert len(computed) > 1
+    assert max(computed) <= shared_context.COLUMNS_PER_BATCH
+
+
+def test_the_size_of_the_batches_changes_no_choice(monkeypatch):
+    model, questions = make_model(256), Questions.of(load_hellaswag(str(SAMPLE))[:40], "lm-eval", 256)
+    in_big_ones = ending_losses(model, questions.rows, ALONE)
+    monkeypatch.setattr(shared_context, "COLUMNS_PER_BATCH", 700)
+    monkeypatch.setattr(shared_context, "TOKENS_PER_HEAD", 100)
+    torch.testing.assert_close(ending_losses(model, questions.rows, ALONE), in_big_ones, atol=1e-3, rtol=1e-5)
+
+
+def test_the_vocabularys_padding_takes_no_part():
+    model, questions = make_model(256), Questions.of(load_hellaswag(str(SAMPLE))[:4], "build-nanogpt", 256)
+    before = ending_losses(model, questions.rows, ALONE)
     with torch.no_grad():
-        for batch in hellaswag._batches(order, candidates):
-            losses[:, batch] = hellaswag._ending_losses(model, [candidates[i] for i in batch], ALONE.device)
-    torch.testing.assert_close(losses.view(2, 40, 4).permute(1, 2, 0), expected.float(), atol=2e-3, rtol=1e-4)
+        model.lm_head.weight[VOCAB_SIZE:] = 100.0
+    assert torch.equal(ending_losses(model, questions.rows, ALONE), before)
 
 
-def test_every_candidate_is_in_one_batch_and_no_batch_is_too_big():
-    candidates = hellaswag._candidates(load_hellaswag(str(SAMPLE)), 1024)
-    assert len(candidates) == 800
-    order = sorted(range(800), key=lambda i: -len(candidates[i].tokens))
-    batches = list(hellaswag._batches(order, candidates))
-    assert sorted(i for batch in batches for i in batch) == list(range(800))
-    assert len(batches) > 1
-    for batch in batches:
-        assert max(len(candidates[i].tokens) for i in batch) * len(batch) <= hellaswag.TOKENS_PER_BATCH
+def test_a_model_of_nan_has_no_accuracy():
+    model, questions = make_model(256), Questions.of(load_hellaswag(str(SAMPLE))[:4], "build-nanogpt", 256)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(math.nan)
+    result = evaluate_hellaswag(model, questions, ALONE)
+    assert math.isnan(result.acc) and math.isnan(result.acc_norm) and math.isnan(result.acc_stderr)
+
+
+def test_an_ending_longer_than_the_model_can_read_is_measured_at_its_end():
+    example = Example(ctx="A man", endings=["runs " * count for count in (1, 30, 2, 3)], label=0)
+    questions = Questions.of([example], "build-nanogpt", 16)
+    long = questions.rows[1]
+    assert (len(long.context), len(long.endings[0])) == (1, 15)
+    assert questions.lengths[0, 1] == 15
+    assert questions.truncated == 1
+
+
+def test_what_lm_eval_needs_is_asked_for_by_name():
+    with pytest.raises(ValueError, match=r"activity_label, ctx_a and ctx_b, which example 1 lacks.*build-nanogpt"):
+        Questions.of([Example(**GOOD)], "lm-eval", 256)
+    with pytest.raises(ValueError, match=r"example 2 has an ending of nothing but markup"):
+        whole = {"activity_label": "Sitting", "ctx_a": "A man sits.", "ctx_b": ""}
+        good = Example(**GOOD, **whole)
+        bad = Example(**(GOOD | whole | {"endings": ["a", "b", "[step]", "d"]}))
+        Questions.of([good, bad], "lm-eval", 256)
 
 
 def test_the_bundled_sample_is_200_examples():
@@ -107,6 +149,7 @@ def test_labels_written_as_text_and_gzip_are_read(tmp_path):
         (GOOD | {"endings": ["a", "b", "c"]}, "endings"),
         (GOOD | {"endings": ["a", "b", "c", "d", "e"]}, "endings"),
         (GOOD | {"endings": ["a", "b", "c", None]}, "endings"),
+        (GOOD | {"endings": ["a", "b", "c", ""]}, "endings"),
         (GOOD | {"ctx": ""}, "ctx"),
         ({"endings": GOOD["endings"], "label": 1}, "ctx"),
         ({"ctx": "x", "endings": GOOD["endings"]}, "label"),
@@ -135,6 +178,6 @@ def test_a_missing_and_an_empty_file_are_refused_by_name(tmp_path):
 
 
 def test_the_standard_error_is_of_a_share():
-    result = HellaSwagResult(examples=10_042, acc=0.25, acc_norm=0.5)
+    result = HellaSwagResult("lm-eval", examples=10_042, truncated=0, acc=0.25, acc_norm=0.5)
     assert result.acc_stderr == pytest.approx(math.sqrt(0.25 * 0.75 / 10_042))
     assert result.acc_norm_stderr == pytest.approx(0.5 / math.sqrt(10_042))

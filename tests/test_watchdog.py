@@ -22,7 +22,7 @@ from gpt2core.checkpoint_folder import CheckpointFolder
 from gpt2core.config import LaunchConfig, ModelConfig
 from gpt2core.distributed import Ranks
 from gpt2core.evaluation import validation_loss
-from gpt2core.hellaswag import evaluate_hellaswag, load_hellaswag
+from gpt2core.hellaswag import Questions, evaluate_hellaswag, load_hellaswag
 from gpt2core.loader import Sequences
 from gpt2core.model import GPT
 from gpt2core.processes import Process
@@ -131,7 +131,7 @@ def test_long_phases_are_progress(lab: Any, tmp_path: Path, beats: Any, phase: s
         sequences = Sequences(open_shards(str(lab.data_dir), "val"), 32)
         validation_loss(lambda *batch: model(*batch, reduction="none"), sequences, 1024, 4, ALONE)
     elif phase == "HellaSwag":
-        evaluate_hellaswag(model, load_hellaswag(str(lab.hellaswag))[:2], ALONE)
+        evaluate_hellaswag(model, Questions.of(load_hellaswag(str(lab.hellaswag))[:2], "build-nanogpt", 32), ALONE)
     else:
         saver = Saver(CheckpointFolder(tmp_path / "checkpoints"), 1, print)
         saver.begin({"step": 1, "epoch": 0, "weights": torch.zeros(3_000_000)}, [])
