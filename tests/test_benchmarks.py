@@ -9,22 +9,23 @@ import pytest
 from conftest import DEADLINE_S, REPOSITORY
 
 
-@pytest.mark.slow
-def test_the_training_step_beside_its_peers() -> None:
-    command = [
-        sys.executable,
-        "tests/benchmarks/train_step.py",
-        "--tiny",
-        "--device",
-        "cpu",
-        "--rounds",
-        "1",
-        "--steps",
-        "1",
-    ]
+def run(benchmark: str, *flags: str) -> str:
+    command = [sys.executable, f"tests/benchmarks/{benchmark}.py", "--device", "cpu", "--rounds", "1", *flags]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr
-    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.endswith(tuple("0123456789"))}
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_training_step_beside_its_peers() -> None:
+    lines = run("train_step", "--tiny", "--steps", "1").splitlines()
+    rows = {line.split()[0]: line.split() for line in lines if line.endswith(tuple("0123456789"))}
     assert {"ours", "plain", "transformers"} <= rows.keys()
     for row in (rows[name] for name in ("ours", "plain", "transformers")):
         assert float(row[1].replace(",", "")) > 0 and float(row[-1]) == pytest.approx(10.8, abs=0.5)  # near ln(50304)
+
+
+@pytest.mark.slow
+def test_hellaswag_beside_one_example_at_a_time() -> None:
+    *_, last = run("hellaswag", "--size", "tiny", "--examples", "8", "--beside", "4").splitlines()
+    assert float(last.removeprefix("ratio ")) > 0
