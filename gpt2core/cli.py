@@ -257,7 +257,8 @@ def run(argv: list[str]) -> int:
 
 
 def main() -> None:
-    main_guard(lambda: run(sys.argv[1:]))
+    command = [word for word in sys.argv[1:2] if word in COMMANDS]
+    main_guard(lambda: run(sys.argv[1:]), " ".join(["gpt2", *command]))
 
 
 if __name__ == "__main__":

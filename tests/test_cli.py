@@ -34,10 +34,10 @@ def gpt2(*arguments: object) -> int:
 
 
 def assert_one_sentence(done: Any, *words: str) -> None:
-    """It failed, and stderr has one line that holds these words."""
+    """It failed, and stderr has one line that holds these words and says first which program it is from."""
     assert done.returncode not in (0, None)
     assert "Traceback" not in done.stderr + done.stdout
-    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert re.fullmatch(r"(gpt2|gpt2 [a-z]+|python -m gpt2core\.[a-z]+): error: .+\n", done.stderr), done.stderr
     for word in words:
         assert word in done.stderr
 
@@ -125,8 +125,11 @@ def test_evaluate_refuses_zero_val_tokens(tiny: Path, few_examples: Path) -> Non
 
 
 def test_a_real_process_refuses_in_one_sentence(lab: Any, tmp_path: Path) -> None:
-    assert_one_sentence(lab.run("gpt2core.cli", ["fly"]), "there is no command 'fly'")
-    assert_one_sentence(lab.run("gpt2core.cli", ["train", "--embd_size", "-1"]), "embd_size", "-1")
+    assert_one_sentence(lab.run("gpt2core.cli", ["fly"]), "gpt2: error: there is no command 'fly'")
+    assert_one_sentence(lab.run("gpt2core.cli", ["train", "--embd_size", "-1"]), "gpt2 train: error: ", "embd_size")
+    assert_one_sentence(lab.run("gpt2core.cli", ["train", "--embd", "1"]), "gpt2 train: error: unrecognized")
+    nowhere = ["--data_dir", tmp_path / "nowhere", "--artifacts_dir", tmp_path]
+    assert_one_sentence(lab.run("gpt2core.train", nowhere), "python -m gpt2core.train: error: ", "nowhere")
 
 
 def test_a_gpu_that_is_not_there_is_refused_in_one_sentence(lab: Any, tmp_path: Path) -> None:
