@@ -148,6 +148,27 @@ def export(argv: list[str]) -> None:
     print(f"{folder} holds {checkpoint.name} as transformers' AutoModelForCausalLM and AutoTokenizer load it")
 
 
+def import_(argv: list[str]) -> None:
+    from gpt2core.import_weights import import_run
+    from gpt2core.launch import exit_on_sigterm
+
+    exit_on_sigterm()
+    parser = Parser(prog="gpt2 import", description="Make a run of GPT-2 weights that others wrote.")
+    parser.add_argument(
+        "--from", nargs=2, metavar=("FORMAT", "PATH"), required=True, dest="source", help="hf FOLDER, or llm.c FILE"
+    )
+    parser.add_argument("--run_name", required=True, help="name of the run to make")
+    parser.add_argument("--artifacts_dir", default=RunConfig().artifacts_dir, help="folder of the runs")
+    arguments = parser.parse_args(argv)
+    kind, path = arguments.source
+    imported = import_run(kind, path, arguments.artifacts_dir, arguments.run_name)
+    print(
+        f"{imported.location} holds the weights of {path}, with no optimizer state: "
+        f"--run_name {arguments.run_name} --checkpoint best for evaluate, generate and export, "
+        f"and `gpt2 train --init_from {imported.location}` starts another run from it"
+    )
+
+
 def checkpoints(argv: list[str]) -> int:
     from gpt2core import listing
     from gpt2core.checkpoint import damage
@@ -239,6 +260,7 @@ COMMANDS = {
     "promote": (promote, "make the best measured model the one in artifacts/best/"),
     "generate": (generate, "continue a text"),
     "export": (export, "write a model for Hugging Face transformers"),
+    "import": (import_, "make a run of GPT-2 weights that others wrote"),
     "checkpoints": (checkpoints, "list a run's checkpoints, or remove old ones"),
     "tensorboard": (tensorboard, "show the curves"),
     "status": (status, "show how far every run is"),

@@ -161,6 +161,11 @@ class TrainConfig(Settings):
     steps_per_epoch: Positive | Literal["auto"] = Field(
         19_073, description="Steps in an epoch; auto takes what one pass over the training shards gives."
     )
+    init_from: PathOrUrl | None = Field(
+        None,
+        description="Weights to start from in place of fresh ones: a checkpoint's path or URL, or a folder as transformers "
+        "have it; a run that has checkpoints goes on from those.",
+    )
     weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay, on matrices and embeddings only.")
     beta1: Decay = Field(0.9, description="AdamW decay of the first moment.")
     beta2: Decay = Field(0.95, description="AdamW decay of the second moment (GPT-3, appendix B).")

@@ -23,7 +23,7 @@ from gpt2core.flags import Parser, main_guard
 from gpt2core.launch import die_with_parent
 from gpt2core.records import Contender, Evaluation, Promotion, current_best
 from gpt2core.run_folder import RunFolder
-from gpt2core.storage import fsync_folder, read_json_lines, write_json, write_text
+from gpt2core.storage import fsync, read_json_lines, write_json, write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,12 +126,12 @@ def _publish(artifacts: Path, checkpoint: Checkpoint, evaluation: Evaluation, de
     write_text(building / "evaluation.json", evaluation.model_dump_json(indent=2) + "\n")
     write_text(building / "promotion.json", decision.model_dump_json(indent=2) + "\n")
     building.rename(versions / name)
-    fsync_folder(versions)
+    fsync(versions)
     link = artifacts / f".best.{os.getpid()}"
     link.unlink(missing_ok=True)
     link.symlink_to(Path("promoted") / name)
     link.replace(artifacts / "best")
-    fsync_folder(artifacts)
+    fsync(artifacts)
     for stray in versions.glob(".[0-9][0-9][0-9][0-9]_*"):  # of a promotion that was killed
         shutil.rmtree(stray, ignore_errors=True)
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from gpt2core.storage import Location, join, read_text
+
 
 class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,6 +80,28 @@ class Promotion(Record):
     candidate: Contender
     beaten: Contender | None  # what was best before
     decided_at: str  # UTC, ISO 8601
+
+
+class Published(Record):
+    """best.json at the place of publication, written last: which folder beside it holds the promoted model."""
+
+    folder: str
+    candidate: Contender
+    published_at: str  # UTC, ISO 8601
+
+
+PUBLISHED = "best.json"
+
+
+def published_at(location: Location) -> Published | None:
+    """What was published at a path or URL, None when nothing was."""
+    pointer = join(location, PUBLISHED)
+    try:
+        return Published.model_validate_json(read_text(pointer))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValidationError, UnicodeDecodeError):
+        raise ValueError(f"{pointer} does not say what is published there: publish again") from None
 
 
 def current_best(artifacts: Path) -> Contender | None:

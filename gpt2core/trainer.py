@@ -291,11 +291,20 @@ class Trainer:
             "data": self.loader.state_dict(),
         }
 
+    def load_weights(self, state: dict[str, Any], where: object) -> None:
+        """Takes the weights alone. Raises ValueError, saying what differs, when they are of another model."""
+        check_same_model(where, state["config"]["model"], self.config.model.model_dump())
+        self.raw_model.load_state_dict(state["model"])
+
     def load_state_dict(self, state: dict[str, Any], where: object, accept_changed_data: bool = False) -> None:
         """Goes on from a saved state. Raises ValueError, saying what differs, when it is of another model or data."""
-        check_same_model(where, state["config"]["model"], self.config.model.model_dump())
+        if "optimizer" not in state:
+            raise ValueError(
+                f"{where} holds weights alone, imported from {state.get('imported_from')}, and nothing to resume: "
+                f"start another run from them with --init_from and its path"
+            )
+        self.load_weights(state, where)
         self.loader.load_state_dict(state["data"], accept_changed_data)
-        self.raw_model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.train_seconds = state["train_seconds"]
