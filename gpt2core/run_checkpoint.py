@@ -32,11 +32,12 @@ class NamedCheckpoint:
         return RunConfig.model_validate(self.state["config"])
 
     def model(self, device: str = "auto", precision: str = "auto") -> GPT:
-        """The model on its device, ready to evaluate."""
+        """The model on its device, to be measured or to write: training from it is not what it is for."""
         on = pick_device(device)
         model = GPT(ModelConfig.model_validate(self.state["config"]["model"]), pick_dtype(precision, on))
         model.load_state_dict(self.state["model"])
-        return model.to(on).eval()
+        model.to(on).eval().cast_weights()
+        return model
 
 
 def load_named(name: str, folder: RunFolder) -> NamedCheckpoint:
