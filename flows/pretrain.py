@@ -15,6 +15,7 @@ from gpt2core.config import (
     EvalConfig,
     LaunchConfig,
     ModelConfig,
+    PromotionConfig,
     RecoveryConfig,
     RunConfig,
     RunName,
@@ -39,6 +40,7 @@ def pretrain(
     data: DataConfig = DataConfig(),
     train: TrainConfig = TrainConfig(),
     evaluation: EvalConfig = EvalConfig(),
+    promotion: PromotionConfig = PromotionConfig(),
     launch: LaunchConfig = LaunchConfig(),
     runner: RunnerConfig = RunnerConfig(),
     recovery: RecoveryConfig = RecoveryConfig(),
@@ -60,7 +62,7 @@ def pretrain(
         for epoch in range(1, train.num_epochs + 1):
             stages.append(train_epoch(config, launch, epoch, recovery))
             stages.append(evaluate_checkpoint(artifacts_dir, run_name, epoch_name(epoch), device=train.device))
-            stages.append(promote_best(artifacts_dir, run_name))
+            stages.append(promote_best(artifacts_dir, run_name, promotion))
         write_report(artifacts_dir, run_name, stages)
     return stages
 

@@ -7,3 +7,5 @@ Modules build on the ones above them:
     checkpoint, metrics, evaluation, hellaswag
     trainer -> train, evaluate, promote, generate, export, report -> cli
 """
+
+__version__ = "0.1.0"

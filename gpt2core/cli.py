@@ -81,8 +81,7 @@ def promote(argv: list[str]) -> None:
         prog="gpt2 promote", description="Promote the run's best measured model, if it beats what is there."
     )
     promotion.add_arguments(parser)
-    arguments = parser.parse_args(argv)
-    print(promotion.describe(promotion.promote(arguments.artifacts_dir, arguments.run_name, arguments.force)))
+    promotion.run(parser.parse_args(argv))
 
 
 def generate(argv: list[str]) -> None:

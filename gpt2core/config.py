@@ -232,6 +232,27 @@ class EvalConfig(Settings):
     )
 
 
+Rule = Literal["val_loss", "acc_norm"]
+
+
+class PromotionConfig(Settings):
+    """What takes the place of the promoted model, and where it is published; no part of the run's identity."""
+
+    rule: Rule = Field(
+        "val_loss", description="Number that decides: validation loss, or HellaSwag acc_norm as build-nanogpt has it."
+    )
+    margin: float = Field(
+        1.0,
+        ge=0,
+        description="By how many standard errors of the difference acc_norm must be higher; 0 for any difference. "
+        "The rule val_loss takes no margin.",
+    )
+    publish_to: PathOrUrl | None = Field(
+        None,
+        description="Folder or fsspec URL that gets a copy of the promoted model, and best.json, which points to it.",
+    )
+
+
 class LaunchConfig(Settings):
     """How many processes train, and on how many machines; no part of the run's identity, so it may go on with other numbers."""
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import ValidationError
 
 from gpt2core.config import MODEL_SIZES, RECIPES, RunConfig, Settings, first_error
+from gpt2core.storage import Location, read_text
 
 Group = TypeVar("Group", bound=Settings)
 
@@ -91,10 +92,10 @@ def settings_of(group: type[Group], arguments: argparse.Namespace) -> Group:
     return group(**{name: value for name, value in vars(arguments).items() if name in group.model_fields})
 
 
-def read_config(path: Path) -> RunConfig:
+def read_config(path: Location) -> RunConfig:
     """The configuration in a config.json. Raises ValueError when there is none or it is not one."""
     try:
-        return RunConfig.model_validate_json(path.read_text(encoding="utf-8"))
+        return RunConfig.model_validate_json(read_text(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such configuration file") from None
     except ValidationError as error:

@@ -11,6 +11,7 @@ from gpt2core.checkpoint import load
 from gpt2core.checkpoint_folder import BEST, CheckpointFolder
 from gpt2core.config import ModelConfig, RunConfig
 from gpt2core.distributed import pick_device, pick_dtype
+from gpt2core.flags import read_config
 from gpt2core.import_weights import config_of, read_huggingface
 from gpt2core.model import GPT
 from gpt2core.records import published_at
@@ -74,7 +75,7 @@ def _in_folder(folder: str) -> NamedCheckpoint:
     training, promotion = join(folder, "training_config.json"), join(folder, "promotion.json")
     config = config_of(model)
     if exists(training):
-        config = RunConfig.model_validate_json(read_text(training)).model_copy(update={"model": model})
+        config = read_config(training).model_copy(update={"model": model})  # the export has no padding
     step = json.loads(read_text(promotion))["candidate"]["step"] if exists(promotion) else 0
     state = {"model": weights, "config": config.model_dump(mode="json"), "step": step, "epoch": 0}
     return NamedCheckpoint(folder, state, None)

@@ -18,6 +18,7 @@ from gpt2core import heartbeat
 from gpt2core.batch_size import fitting_mini_batch_size
 from gpt2core.checkpoint import Saver, check_same_model
 from gpt2core.checkpoint_folder import BEST, FORMAT, epoch_name
+from gpt2core.code_version import code_version
 from gpt2core.config import EvalConfig, RunConfig
 from gpt2core.distributed import Ranks, StopRequest, no_sync, pick_dtype, use_compile
 from gpt2core.evaluation import validation_loss
@@ -289,6 +290,7 @@ class Trainer:
             "model": self.raw_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "data": self.loader.state_dict(),
+            "code": code_version().model_dump(),
         }
 
     def load_weights(self, state: dict[str, Any], where: object) -> None:
