@@ -109,6 +109,7 @@ def generate(argv: list[str]) -> None:
     prompts = _read_prompts(arguments.prompts) if arguments.prompts else []
     model = _load(arguments).model(arguments.device)
     if arguments.prompts:
+        generation.check_prompts(model, prompts)  # before the first of many answers
         for start in range(0, len(prompts), arguments.batch_size):
             batch = prompts[start : start + arguments.batch_size]
             for prompt, texts in zip(batch, generation.generate_each(model, batch, sampling), strict=True):

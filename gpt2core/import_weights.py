@@ -1,7 +1,7 @@
 """GPT-2 weights that others wrote: Hugging Face transformers' folders and llm.c's .bin checkpoints, local or at a URL.
 
 They keep GPT-2's own 50,257 tokens. Rows of padding would have logits of zero, and OpenAI's weights give real tokens
-logits around -100: the padding would take all probability.
+logits far below that: the padding would take all probability.
 """
 
 from __future__ import annotations
@@ -182,10 +182,10 @@ def _read_tensors(folder: Location) -> Weights:
 def _read_file(location: str, load: Callable[[Location], Weights]) -> Weights:
     try:
         return load(location)
-    except ConnectionError:
-        raise
     except FileNotFoundError:
         raise ValueError(f"{location} is missing, and the index of the weights names it") from None
+    except OSError:
+        raise
     except Exception as error:  # the readers raise whatever the bytes lead them to
         raise ValueError(f"{location} is not a whole file of weights ({type(error).__name__})") from None
 

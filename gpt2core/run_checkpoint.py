@@ -16,7 +16,7 @@ from gpt2core.import_weights import config_of, read_huggingface
 from gpt2core.model import GPT
 from gpt2core.records import published_at
 from gpt2core.run_folder import RunFolder
-from gpt2core.storage import exists, join, read_text
+from gpt2core.storage import exists, is_remote, join, read_text
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class NamedCheckpoint:
         return RunConfig.model_validate(self.state["config"])
 
     def model(self, device: str = "auto", precision: str = "auto") -> GPT:
-        """The model on its device, to be measured or to write: training from it is not what it is for."""
+        """The model on its device, to be measured and not trained: it holds its weights as they are computed with."""
         on = pick_device(device)
         model = GPT(ModelConfig.model_validate(self.state["config"]["model"]), pick_dtype(precision, on))
         model.load_state_dict(self.state["model"])
@@ -66,7 +66,9 @@ def load_at(location: str) -> NamedCheckpoint | None:
         return NamedCheckpoint(location, load(location), None) if exists(location) else None
     published = published_at(location)
     folder = join(location, published.folder) if published else location
-    return _in_folder(folder) if exists(join(folder, "config.json")) else None
+    if exists(join(folder, "config.json")):
+        return _in_folder(folder)
+    return NamedCheckpoint(location, load(location), None) if is_remote(location) and exists(location) else None
 
 
 def _in_folder(folder: str) -> NamedCheckpoint:

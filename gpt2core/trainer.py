@@ -50,6 +50,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
+        self.code = code_version()  # now: files may change while it trains
         train = config.train
         cache = cache_of(config.data, tell)
         train_shards, val_shards = (open_shards(config.data.data_dir, split, cache) for split in SPLITS)
@@ -290,7 +291,7 @@ class Trainer:
             "model": self.raw_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "data": self.loader.state_dict(),
-            "code": code_version().model_dump(),
+            "code": self.code.model_dump(),
         }
 
     def load_weights(self, state: dict[str, Any], where: object) -> None:

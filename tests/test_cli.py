@@ -288,8 +288,19 @@ def test_generate_continues_a_text(tiny: Path, capsys: Any) -> None:
     assert capsys.readouterr().out == text
     assert gpt2(*command, "--samples", "2", "--seed", "1") == 0
     assert capsys.readouterr().out != text
-    with pytest.raises(ValueError, match="context_length is 32"):
-        gpt2("generate", "word " * 40, *TINY, tiny.parent, "--device", "cpu")
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_any_text(tiny: Path, lab: Any, tmp_path: Path) -> None:
+    where = [*TINY, tiny.parent, "--device", "cpu"]
+    sentence = (
+        "gpt2 generate: error: the prompt 'word word word word  ...' has 41 tokens and the model's context_length is 32"
+    )
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("short\n" + "word " * 40)
+    for words in (["word " * 40], ["--prompts", prompts, "--batch_size", "1"]):
+        refused = lab.run("gpt2core.cli", ["generate", *words, *where])
+        assert_one_sentence(refused, sentence, ": at most 31 leave room")
+        assert refused.stdout == ""
 
 
 def test_promote_after_evaluate(tiny: Path, few_examples: Path, capsys: Any) -> None:

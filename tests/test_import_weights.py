@@ -33,7 +33,7 @@ SCALED_DOWN = {"124M": (3, 48, 12), "350M": (4, 64, 16), "774M": (2, 80, 20), "1
 
 
 def huggingface(num_layers: int = 2, embd_size: int = 32, num_heads: int = 4, **changes: Any) -> GPT2LMHeadModel:
-    """A random GPT-2 whose logits are around -100, as OpenAI's are."""
+    """A random GPT-2 whose logits are far below zero, as OpenAI's are."""
     torch.manual_seed(num_layers)
     shape = {"n_layer": num_layers, "n_embd": embd_size, "n_head": num_heads, "n_positions": 24}
     model = GPT2LMHeadModel(GPT2Config(**shape | changes)).eval()

@@ -517,6 +517,7 @@ for kill_at in range(1, 1000):
         left = kill_at
         for name in ("replace", "rename", "symlink", "unlink", "mkdir", "open"):
             setattr(os, name, dying(getattr(os, name)))
+        os.fsync = lambda descriptor: None  # of no use against a kill, and most of the time
         if action == "promote":
             promote(folder, "other")
         else:
