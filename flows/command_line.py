@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from gpt2core.config import LaunchConfig, RecoveryConfig, RunConfig, RunnerConfig
+from gpt2core.config import LaunchConfig, PromotionConfig, RecoveryConfig, RunConfig, RunnerConfig
 from gpt2core.flags import Parser, add_recipe, add_settings, main_guard, run_config, settings_of
 from gpt2core.listing import duration, number, show, table
 from gpt2core.records import Stage
@@ -22,6 +22,7 @@ def _run(pretrain: Callable[..., list[Stage]]) -> None:
     parser = Parser(prog="python -m flows.pretrain", description="Run the whole pipeline here and now.")
     add_recipe(parser)
     add_settings(parser, RunConfig)
+    add_settings(parser, PromotionConfig)
     add_settings(parser, LaunchConfig)
     add_settings(parser, RunnerConfig)
     add_settings(parser, RecoveryConfig)
@@ -35,6 +36,7 @@ def _run(pretrain: Callable[..., list[Stage]]) -> None:
         data=config.data,
         train=config.train,
         evaluation=config.evaluation,
+        promotion=settings_of(PromotionConfig, arguments),
         launch=settings_of(LaunchConfig, arguments),
         runner=settings_of(RunnerConfig, arguments),
         recovery=settings_of(RecoveryConfig, arguments),

@@ -9,12 +9,12 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.prepare_dataset import prepare_dataset
-from gpt2core.checkpoint_folder import epoch_name
 from gpt2core.config import (
     DataConfig,
     EvalConfig,
     LaunchConfig,
     ModelConfig,
+    PromotionConfig,
     RecoveryConfig,
     RunConfig,
     RunName,
@@ -24,7 +24,7 @@ from gpt2core.config import (
 from gpt2core.credentials import LocalFolder
 from gpt2core.preflight import claim_run
 from gpt2core.records import Stage
-from tasks.evaluate_checkpoint import evaluate_checkpoint
+from tasks.evaluate_checkpoint import candidates, evaluate_checkpoint
 from tasks.promote_best import promote_best
 from tasks.train_epoch import train_epoch
 from tasks.waiting import run_held
@@ -39,6 +39,7 @@ def pretrain(
     data: DataConfig = DataConfig(),
     train: TrainConfig = TrainConfig(),
     evaluation: EvalConfig = EvalConfig(),
+    promotion: PromotionConfig = PromotionConfig(),
     launch: LaunchConfig = LaunchConfig(),
     runner: RunnerConfig = RunnerConfig(),
     recovery: RecoveryConfig = RecoveryConfig(),
@@ -59,8 +60,9 @@ def pretrain(
         stages = [prepare_dataset(data, runner)]
         for epoch in range(1, train.num_epochs + 1):
             stages.append(train_epoch(config, launch, epoch, recovery))
-            stages.append(evaluate_checkpoint(artifacts_dir, run_name, epoch_name(epoch), device=train.device))
-            stages.append(promote_best(artifacts_dir, run_name))
+            for name in candidates(artifacts_dir, run_name, epoch):
+                stages.append(evaluate_checkpoint(artifacts_dir, run_name, name, device=train.device))
+            stages.append(promote_best(artifacts_dir, run_name, promotion))
         write_report(artifacts_dir, run_name, stages)
     return stages
 

@@ -5,5 +5,8 @@ Modules build on the ones above them:
     config -> tokenizer, run_folder -> shards, prepare -> loader
     config -> model -> optim
     checkpoint, metrics, evaluation, hellaswag
-    trainer -> train, evaluate, promote, generate, export, report -> cli
+    export, import_weights -> run_checkpoint; report -> model_card
+    trainer -> train, evaluate, promote (promoted, model_card), generate -> cli
 """
+
+__version__ = "0.1.0"

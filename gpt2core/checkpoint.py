@@ -26,6 +26,11 @@ def save(folder: CheckpointFolder, state: dict[str, Any], *, names: list[str], k
     return folder.commit(lambda file: torch.save(state, file), _summary(state), names=names, keep=keep)
 
 
+def save_alone(folder: CheckpointFolder, state: dict[str, Any], name: str) -> Checkpoint:
+    """Commits a state under this name and no other: weights that nobody shall resume from."""
+    return folder.commit_alone(lambda file: torch.save(state, file), _summary(state), name)
+
+
 def _summary(state: dict[str, Any]) -> Summary:
     config = json.dumps(state.get("config"), sort_keys=True).encode()
     return Summary(

@@ -105,14 +105,26 @@ class CheckpointFolder:
         Rolling checkpoints beyond `keep` are removed. An OSError, such as a full disk, leaves the older ones as they
         were.
         """
-        rolling = self.file(rolling_name(summary.step))
-        with publish(rolling) as file:
+        saved = self.commit_alone(write, summary, rolling_name(summary.step))
+        latest = self.find(LATEST)
+        if latest and latest.sidecar.step != summary.step and self._is_right(latest):
+            self._point(BACKUP, latest)
+        self._own = {saved.sidecar.sha256}
+        for name in [LATEST, *names]:
+            self._point(name, saved)
+        self.prune(keep, spare=saved.name)
+        return saved
+
+    def commit_alone(self, write: Callable[[IO[bytes]], object], summary: Summary, name: str) -> Checkpoint:
+        """Takes the content from `write` and gives it this one name."""
+        location = self.file(name)
+        with publish(location) as file:
             hashing = _HashingWriter(file)
             try:
                 write(hashing)  # type: ignore[arg-type]
             except RuntimeError:  # torch's writer covers a full disk with an error of its own
-                raise hashing.error or RuntimeError(f"{rolling} could not be written") from None
-            remove(_sidecar_of(rolling))  # of the same step, when it is trained and saved again
+                raise hashing.error or RuntimeError(f"{location} could not be written") from None
+            remove(_sidecar_of(location))  # of the same step, when it is trained and saved again
         sidecar = Sidecar(
             **summary.model_dump(include=set(Summary.model_fields)),
             bytes=hashing.num_bytes,
@@ -120,15 +132,8 @@ class CheckpointFolder:
             saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
             save=self._next_save(),
         )
-        saved = Checkpoint(rolling, sidecar)
+        saved = Checkpoint(location, sidecar)
         _write_sidecar(saved)
-        latest = self.find(LATEST)
-        if latest and latest.sidecar.step != summary.step and self._is_right(latest):
-            self._point(BACKUP, latest)
-        self._own = {sidecar.sha256}
-        for name in [LATEST, *names]:
-            self._point(name, saved)
-        self.prune(keep, spare=saved.name)
         return saved
 
     def _next_save(self) -> int:

@@ -81,8 +81,7 @@ def promote(argv: list[str]) -> None:
         prog="gpt2 promote", description="Promote the run's best measured model, if it beats what is there."
     )
     promotion.add_arguments(parser)
-    arguments = parser.parse_args(argv)
-    print(promotion.describe(promotion.promote(arguments.artifacts_dir, arguments.run_name, arguments.force)))
+    promotion.run(parser.parse_args(argv))
 
 
 def generate(argv: list[str]) -> None:
@@ -110,6 +109,7 @@ def generate(argv: list[str]) -> None:
     prompts = _read_prompts(arguments.prompts) if arguments.prompts else []
     model = _load(arguments).model(arguments.device)
     if arguments.prompts:
+        generation.check_prompts(model, prompts)  # before the first of many answers
         for start in range(0, len(prompts), arguments.batch_size):
             batch = prompts[start : start + arguments.batch_size]
             for prompt, texts in zip(batch, generation.generate_each(model, batch, sampling), strict=True):
@@ -146,6 +146,27 @@ def export(argv: list[str]) -> None:
     checkpoint = _load(arguments)
     export_huggingface(checkpoint.state["model"], checkpoint.config.model, folder)
     print(f"{folder} holds {checkpoint.name} as transformers' AutoModelForCausalLM and AutoTokenizer load it")
+
+
+def import_(argv: list[str]) -> None:
+    from gpt2core.import_weights import import_run
+    from gpt2core.launch import exit_on_sigterm
+
+    exit_on_sigterm()
+    parser = Parser(prog="gpt2 import", description="Make a run of GPT-2 weights that others wrote.")
+    parser.add_argument(
+        "--from", nargs=2, metavar=("FORMAT", "PATH"), required=True, dest="source", help="hf FOLDER, or llm.c FILE"
+    )
+    parser.add_argument("--run_name", required=True, help="name of the run to make")
+    parser.add_argument("--artifacts_dir", default=RunConfig().artifacts_dir, help="folder of the runs")
+    arguments = parser.parse_args(argv)
+    kind, path = arguments.source
+    imported = import_run(kind, path, arguments.artifacts_dir, arguments.run_name)
+    print(
+        f"{imported.location} holds the weights of {path}, with no optimizer state: "
+        f"--run_name {arguments.run_name} --checkpoint best for evaluate, generate and export, "
+        f"and `gpt2 train --init_from {imported.location}` starts another run from it"
+    )
 
 
 def checkpoints(argv: list[str]) -> int:
@@ -239,6 +260,7 @@ COMMANDS = {
     "promote": (promote, "make the best measured model the one in artifacts/best/"),
     "generate": (generate, "continue a text"),
     "export": (export, "write a model for Hugging Face transformers"),
+    "import": (import_, "make a run of GPT-2 weights that others wrote"),
     "checkpoints": (checkpoints, "list a run's checkpoints, or remove old ones"),
     "tensorboard": (tensorboard, "show the curves"),
     "status": (status, "show how far every run is"),
@@ -257,7 +279,8 @@ def run(argv: list[str]) -> int:
 
 
 def main() -> None:
-    main_guard(lambda: run(sys.argv[1:]))
+    command = [word for word in sys.argv[1:2] if word in COMMANDS]
+    main_guard(lambda: run(sys.argv[1:]), " ".join(["gpt2", *command]))
 
 
 if __name__ == "__main__":

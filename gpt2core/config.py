@@ -161,6 +161,11 @@ class TrainConfig(Settings):
     steps_per_epoch: Positive | Literal["auto"] = Field(
         19_073, description="Steps in an epoch; auto takes what one pass over the training shards gives."
     )
+    init_from: PathOrUrl | None = Field(
+        None,
+        description="Weights to start from in place of fresh ones: a checkpoint's path or URL, or a folder as transformers "
+        "have it; a run that has checkpoints goes on from those.",
+    )
     weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay, on matrices and embeddings only.")
     beta1: Decay = Field(0.9, description="AdamW decay of the first moment.")
     beta2: Decay = Field(0.95, description="AdamW decay of the second moment (GPT-3, appendix B).")
@@ -229,6 +234,27 @@ class EvalConfig(Settings):
         "both",
         description="How a checkpoint's HellaSwag accuracy is measured: by build-nanogpt's convention, by lm-eval's, or both; "
         "while training it is build-nanogpt's.",
+    )
+
+
+Rule = Literal["val_loss", "acc_norm"]
+
+
+class PromotionConfig(Settings):
+    """What takes the place of the promoted model, and where it is published; no part of the run's identity."""
+
+    rule: Rule = Field(
+        "val_loss", description="Number that decides: validation loss, or HellaSwag acc_norm as build-nanogpt has it."
+    )
+    margin: float = Field(
+        1.0,
+        ge=0,
+        description="By how many standard errors of the difference acc_norm must be higher; 0 for any difference. "
+        "The rule val_loss takes no margin.",
+    )
+    publish_to: PathOrUrl | None = Field(
+        None,
+        description="Folder or fsspec URL that gets a copy of the promoted model, and best.json, which points to it.",
     )
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gpt2core.config import VOCAB_SIZE, ModelConfig
-from gpt2core.storage import write_json, write_text
+from gpt2core.storage import fsync, write_json, write_text
 from gpt2core.tokenizer import EOT, encoder_json, vocab_bpe
 
 # GPT-2's released code multiplies from the left, so Hugging Face keeps these four matrices transposed (its Conv1D).
@@ -29,36 +27,11 @@ def huggingface_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def import_huggingface(folder: Path) -> tuple[dict[str, Tensor], ModelConfig]:
-    """The weights and shape in a folder of transformers' GPT2LMHeadModel, the vocabulary padded again.
-
-    The padding's rows are zero: their logits are 0, and they are never drawn. Raises ValueError when it is no GPT-2.
-    """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") != "gpt2" or config.get("vocab_size") != VOCAB_SIZE:
-        raise ValueError(f"{folder / 'config.json'} is not of a GPT-2 with the vocabulary of {VOCAB_SIZE} tokens")
-    model = ModelConfig(
-        context_length=config["n_positions"],
-        num_layers=config["n_layer"],
-        embd_size=config["n_embd"],
-        num_heads=config["n_head"],
-    )
-    weights = {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        if name.endswith(".attn.bias"):  # the causal mask, which older files carry
-            continue
-        name = name if name.startswith("transformer.") else f"transformer.{name}"
-        weights[name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
-    embedding = weights["transformer.wte.weight"]
-    weights["transformer.wte.weight"] = F.pad(embedding, (0, 0, 0, model.vocab_size - VOCAB_SIZE))
-    weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    return weights, model
-
-
 def export_huggingface(state_dict: dict[str, Tensor], model: ModelConfig, folder: Path) -> None:
     """Writes a folder that AutoModelForCausalLM and AutoTokenizer load as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(huggingface_state_dict(state_dict), folder / "model.safetensors", metadata={"format": "pt"})
+    fsync(folder / "model.safetensors")
     write_json(
         folder / "config.json",
         {

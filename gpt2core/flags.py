@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import ValidationError
 
 from gpt2core.config import MODEL_SIZES, RECIPES, RunConfig, Settings, first_error
+from gpt2core.storage import Location, read_text
 
 Group = TypeVar("Group", bound=Settings)
 
@@ -91,10 +92,10 @@ def settings_of(group: type[Group], arguments: argparse.Namespace) -> Group:
     return group(**{name: value for name, value in vars(arguments).items() if name in group.model_fields})
 
 
-def read_config(path: Path) -> RunConfig:
+def read_config(path: Location) -> RunConfig:
     """The configuration in a config.json. Raises ValueError when there is none or it is not one."""
     try:
-        return RunConfig.model_validate_json(path.read_text(encoding="utf-8"))
+        return RunConfig.model_validate_json(read_text(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such configuration file") from None
     except ValidationError as error:
@@ -115,18 +116,22 @@ MAY_PASS = {
 TRY_AGAIN = 75  # exit code when something outside failed that may work later (EX_TEMPFAIL of sysexits.h)
 
 
-def main_guard(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a command's main; what the user can put right ends as one sentence on stderr and exit code 1."""
+def main_guard(main: Callable[[], int | None], program: str | None = None) -> NoReturn:
+    """Runs a command's main; what the user can put right ends as one sentence on stderr and exit code 1.
+
+    In front of the sentence stands `program`, else `python -m` and the module that runs.
+    """
+    program = program or _running_program()
     try:
         sys.exit(main() or 0)
     except ValidationError as error:
-        _fail(first_error(error))
+        _fail(program, first_error(error))
     except KeyboardInterrupt:
         sys.exit(130)  # Ctrl+C: 128 + SIGINT
     except BrokenPipeError:
         sys.exit(141)  # the reader of our output went away, as `| head` does: 128 + SIGPIPE
     except (ValueError, OSError, FloatingPointError) as error:
-        _fail(str(error), exit_code(error))
+        _fail(program, str(error), exit_code(error))
 
 
 def exit_code(error: Exception) -> int:
@@ -137,7 +142,12 @@ def exit_code(error: Exception) -> int:
     return NON_FINITE if isinstance(error, FloatingPointError) else 1
 
 
-def _fail(sentence: str, code: int = 1) -> NoReturn:
-    program, what = Path(sys.argv[0]).name, "error, which may pass" if code == TRY_AGAIN else "error"
+def _running_program() -> str:
+    spec = sys.modules["__main__"].__spec__  # None for a script
+    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
+
+
+def _fail(program: str, sentence: str, code: int = 1) -> NoReturn:
+    what = "error, which may pass" if code == TRY_AGAIN else "error"
     print(f"{program}: {what}: {sentence}", file=sys.stderr, flush=True)
     sys.exit(code)

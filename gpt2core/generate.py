@@ -76,9 +76,20 @@ def _tokens(model: GPT, prompt: str) -> list[int]:
     tokens = encoding().encode_ordinary(prompt) or [EOT]
     if len(tokens) >= model.config.context_length:
         raise ValueError(
-            f"the prompt has {len(tokens)} tokens and the model's context_length is {model.config.context_length}"
+            f"the prompt {_beginning(prompt)!r} has {len(tokens)} tokens and the model's context_length is "
+            f"{model.config.context_length}: at most {model.config.context_length - 1} leave room for an answer"
         )
     return tokens
+
+
+def check_prompts(model: GPT, prompts: list[str]) -> None:
+    """Raises ValueError for the first prompt that leaves no room."""
+    for prompt in prompts:
+        _tokens(model, prompt)
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= 24 else f"{text[:20]} ..."
 
 
 @torch.no_grad()

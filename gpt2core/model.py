@@ -126,6 +126,18 @@ class GPT(nn.Module):
                 std = residual_std if name.endswith("c_proj.weight") else INIT_STD
                 parameter.normal_(0.0, std, generator=generator)
 
+    def cast_weights(self) -> None:
+        """Keeps in compute_dtype what is cast to it at each use, for a model that is only measured: the same numbers.
+
+        The embeddings stay fp32, for they are added before the cast; so the head, tied to one of them, gets a copy.
+        """
+        if self.compute_dtype == torch.float32:
+            return
+        self.lm_head.weight = nn.Parameter(self.lm_head.weight.detach())
+        for module in self.modules():
+            if isinstance(module, Linear | LayerNorm):
+                module.to(self.compute_dtype)
+
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, reduction: Literal["mean", "none"] = "mean"
     ) -> Tensor:

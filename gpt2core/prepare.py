@@ -461,7 +461,7 @@ def _assemble(data: DataConfig, plan: Plan, files: list[Tokenized], progress: Pr
 def main(argv: list[str] | None = None) -> None:
     exit_on_sigterm()
     die_with_parent()
-    parser = Parser(prog="gpt2core.prepare", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m gpt2core.prepare", description=(__doc__ or "").splitlines()[0])
     add_settings(parser, DataConfig)
     parser.add_argument("--only", metavar="URL", help="tokenize this file of a dataset that was begun, and no more")
     arguments = vars(parser.parse_args(argv))

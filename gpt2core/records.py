@@ -7,6 +7,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from gpt2core.config import Rule
+from gpt2core.storage import Location, join, read_text
+
 
 class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
@@ -62,6 +65,14 @@ class Evaluation(Record):
     measured_at: str  # UTC, ISO 8601
 
 
+class CodeVersion(Record):
+    """The code that did something."""
+
+    version: str  # of the package
+    commit: str | None = None  # when it ran from a git checkout
+    dirty: bool | None = None  # whether tracked files differed from the commit
+
+
 class Contender(Record):
     """A checkpoint as promotion sees it."""
 
@@ -71,20 +82,64 @@ class Contender(Record):
     val_loss: float
     val_fingerprint: str
     val_tokens: int
+    sha256: str | None = None  # of the checkpoint's content
+    hellaswag: HellaSwagScore | None = None
 
-    def compares_with(self, other: Contender) -> bool:
-        """Whether both were measured on the same tokens."""
-        return (self.val_fingerprint, self.val_tokens) == (other.val_fingerprint, other.val_tokens)
+    def number(self, rule: Rule) -> float | None:
+        """What the rule compares, None when it was not measured."""
+        if rule == "val_loss":
+            return self.val_loss
+        return self.hellaswag.acc_norm if self.hellaswag else None
+
+    def compares_with(self, other: Contender, rule: Rule = "val_loss") -> bool:
+        """Whether both have the rule's number, measured on the same data."""
+        if rule == "val_loss":
+            return (self.val_fingerprint, self.val_tokens) == (other.val_fingerprint, other.val_tokens)
+        mine, others = self.hellaswag, other.hellaswag
+        if mine is None or others is None:
+            return False
+        return (mine.source, mine.examples, mine.convention) == (others.source, others.examples, others.convention)
 
 
 class Promotion(Record):
     """One decision on what artifacts/best/ holds: promotion.json beside the model, and a line in history.jsonl."""
 
+    action: Literal["promote", "rollback"] = "promote"
     promoted: bool
     reason: str
-    candidate: Contender
+    rule: Rule = "val_loss"
+    candidate: Contender  # what it is about; of a rollback, what is best again
     beaten: Contender | None  # what was best before
+    better_by: float | None = None  # lower loss or higher acc_norm than the beaten
+    stderr: float | None = None  # of that difference, where it is known
+    version: str | None = None  # folder under promoted/ that is best by this decision
+    replaced: str | None = None  # folder that was best before
+    train_fingerprint: str | None = None  # of the shards that it was trained on
+    trained_with: CodeVersion | None = None
+    promoted_with: CodeVersion | None = None
     decided_at: str  # UTC, ISO 8601
+
+
+class Published(Record):
+    """best.json at the place of publication, written last: which folder beside it holds the promoted model."""
+
+    folder: str
+    candidate: Contender
+    published_at: str  # UTC, ISO 8601
+
+
+PUBLISHED = "best.json"
+
+
+def published_at(location: Location) -> Published | None:
+    """What was published at a path or URL, None when nothing was."""
+    pointer = join(location, PUBLISHED)
+    try:
+        return Published.model_validate_json(read_text(pointer))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValidationError, UnicodeDecodeError):
+        raise ValueError(f"{pointer} does not say what is published there: publish again") from None
 
 
 def current_best(artifacts: Path) -> Contender | None:

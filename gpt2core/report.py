@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +48,50 @@ def epoch_rows(folder: RunFolder) -> list[dict[str, Any]]:
 
 def draw_losses(folder: RunFolder) -> Path:
     """Writes reports/loss.png: training and validation loss by step, and where each epoch ended."""
+    path = folder.reports / "loss.png"
+    ends = [row["step"] for row in epoch_rows(folder)]
+    _draw(path, folder.metrics(), LOSSES, "loss (nats a token)", f"{folder.path.name}: loss", ends)
+    return path
+
+
+def draw_curves(target: Path, metrics: list[dict[str, Any]], run_name: str) -> list[Path]:
+    """Writes loss.png and hellaswag.png into the target folder, each if there are numbers for it; returns the paths."""
+    drawn = []
+    for name, series, unit in (("loss", LOSSES, "nats a token"), ("hellaswag", ACCURACIES, "share right")):
+        if any(key in line for line in metrics for key, _, _ in series):
+            drawn.append(target / f"{name}.png")
+            _draw(drawn[-1], metrics, series, f"{name} ({unit})", f"{run_name}: {name}")
+    return drawn
+
+
+# number in metrics.jsonl, label, style
+LOSSES = [("loss", "train", "-"), ("val_loss", "validation", "o-")]
+ACCURACIES = [("acc", "acc", "o-"), ("acc_norm", "acc_norm", "o-")]
+
+
+def _draw(
+    path: Path,
+    lines: list[dict[str, Any]],
+    series: list[tuple[str, str, str]],
+    ylabel: str,
+    title: str,
+    ends_of_epochs: Iterable[int] = (),
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = folder.metrics()
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, label, style in [("loss", "train", "-"), ("val_loss", "validation", "o-")]:
+    for name, label, style in series:
         points = sorted({line["step"]: line[name] for line in lines if name in line}.items())
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
-    for row in epoch_rows(folder):
-        axes.axvline(row["step"], color="gray", linewidth=0.6, linestyle=":")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=f"{folder.path.name}: loss")
+    for step in ends_of_epochs:
+        axes.axvline(step, color="gray", linewidth=0.6, linestyle=":")
+    axes.set(xlabel="step", ylabel=ylabel, title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    path = folder.reports / "loss.png"
     with publish(path) as file:
         figure.savefig(file, format="png", dpi=120)
     pyplot.close(figure)
-    return path

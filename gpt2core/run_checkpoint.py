@@ -14,10 +14,12 @@ from gpt2core.checkpoint import load
 from gpt2core.checkpoint_folder import BEST, CheckpointFolder
 from gpt2core.config import ModelConfig, RunConfig
 from gpt2core.distributed import pick_device, pick_dtype
-from gpt2core.export import import_huggingface
 from gpt2core.flags import read_config
+from gpt2core.import_weights import config_of, read_huggingface
 from gpt2core.model import GPT
+from gpt2core.records import published_at
 from gpt2core.run_folder import RunFolder
+from gpt2core.storage import exists, is_remote, join, read_text
 
 
 @dataclass(frozen=True)
@@ -47,36 +49,51 @@ class NamedCheckpoint:
         return RunConfig.model_validate(self.state["config"])
 
     def model(self, device: str = "auto", precision: str = "auto") -> GPT:
-        """The model on its device, ready to evaluate."""
+        """The model on its device, to be measured and not trained: it holds its weights as they are computed with."""
         on = pick_device(device)
         model = GPT(ModelConfig.model_validate(self.state["config"]["model"]), pick_dtype(precision, on))
         model.load_state_dict(self.state["model"])
-        return model.to(on).eval()
+        model.to(on).eval().cast_weights()
+        return model
 
 
 def load_named(name: str, folder: RunFolder) -> NamedCheckpoint:
-    """Loads `latest`, `best`, or another name in the run's folder; else a path or fsspec URL, or a transformers folder.
+    """Loads `latest`, `best`, or another name in the run's folder; else a path, URL or folder as `load_at` takes it.
 
     Raises ValueError that names what is there when there is no such checkpoint.
     """
     checkpoints = CheckpointFolder(folder.checkpoints)
     if found := checkpoints.find(BEST if name == "best" else name):
         return NamedCheckpoint(found.name, load(found.location, found.sidecar), found.sidecar.sha256)
-    if "://" in name or Path(name).is_file():
-        return NamedCheckpoint(name, load(name), None)
-    if (Path(name) / "model.safetensors").is_file():
-        return _promoted(Path(name))
+    if at := load_at(name):
+        return at
     there = ", ".join(checkpoint.name for checkpoint in checkpoints.all()) or "none"
     raise ValueError(
         f"checkpoint {name}: there is no such file, nor one of that name in {folder.checkpoints} (there are: {there}); the promoted model is --checkpoint {folder.path.parent / 'best'}"
     )
 
 
-def _promoted(folder: Path) -> NamedCheckpoint:
+def load_at(location: str) -> NamedCheckpoint | None:
+    """Loads the checkpoint at a path or fsspec URL, the model in a transformers folder, or the one published there.
+
+    None when nothing of that kind lies there.
+    """
+    if location.endswith(".pt") or Path(location).is_file():
+        return NamedCheckpoint(location, load(location), None) if exists(location) else None
+    published = published_at(location)
+    folder = join(location, published.folder) if published else location
+    if exists(join(folder, "config.json")):
+        return _in_folder(folder)
+    return NamedCheckpoint(location, load(location), None) if is_remote(location) and exists(location) else None
+
+
+def _in_folder(folder: str) -> NamedCheckpoint:
     """A folder as transformers have it; one that was promoted here says what it was trained with."""
-    weights, model = import_huggingface(folder)
-    training, promotion = folder / "training_config.json", folder / "promotion.json"
-    config = read_config(training) if training.exists() else RunConfig(model=model)
-    step = json.loads(promotion.read_text(encoding="utf-8"))["candidate"]["step"] if promotion.exists() else 0
+    weights, model = read_huggingface(folder)
+    training, promotion = join(folder, "training_config.json"), join(folder, "promotion.json")
+    config = config_of(model)
+    if exists(training):
+        config = read_config(training).model_copy(update={"model": model})  # the export has no padding
+    step = json.loads(read_text(promotion))["candidate"]["step"] if exists(promotion) else 0
     state = {"model": weights, "config": config.model_dump(mode="json"), "step": step, "epoch": 0}
-    return NamedCheckpoint(str(folder), state, None)
+    return NamedCheckpoint(folder, state, None)

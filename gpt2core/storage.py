@@ -125,7 +125,7 @@ def publish(location: Location, mode: str = "wb") -> Iterator[IO[Any]]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+    fsync(path.parent)
 
 
 def _upload_prefix() -> str:
@@ -182,7 +182,7 @@ def alias(existing: Location, name: Location) -> None:
         return
     temporary.replace(target)
     temporary.unlink(missing_ok=True)  # rename leaves it when both already name one file
-    fsync_folder(target.parent)
+    fsync(target.parent)
 
 
 def remove(location: Location) -> None:
@@ -196,8 +196,8 @@ def remove(location: Location) -> None:
         fsspec.filesystem("file").rm(str(path_here), recursive=True)
 
 
-def fsync_folder(path: Path) -> None:
-    """Puts a rename in this folder on disk."""
+def fsync(path: Path) -> None:
+    """Puts a file's content, or the names in a folder, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -26,6 +26,7 @@ from gpt2core.launch import GRACE_S, die_with_parent, tell
 from gpt2core.metrics import MetricsLog
 from gpt2core.preflight import preflight
 from gpt2core.processes import Process
+from gpt2core.run_checkpoint import load_at
 from gpt2core.run_folder import RunFolder
 from gpt2core.storage import exists
 from gpt2core.trainer import Trainer
@@ -230,7 +231,7 @@ def restore(
         state, where = load_newest(checkpoints, warn), checkpoints.location
         _check_agreement(trainer.ranks, checkpoints, state)
         if state is None:
-            return f"no checkpoint in {checkpoints.location} yet: starting afresh"
+            return f"no checkpoint in {checkpoints.location} yet: {start(trainer)}"
     elif resume is not None:
         named = checkpoints.find(resume)
         path = named.location if named else resume
@@ -240,13 +241,25 @@ def restore(
             )
         state, where = load(path, named.sidecar if named else None), path
     if state is None:
-        return f"starting afresh, {trainer.max_steps} steps to do"
+        return f"{start(trainer)}, {trainer.max_steps} steps to do"
     trainer.load_state_dict(state, where, accept_changed_data)
     origin = f"resumed from {where} at step {trainer.step} of {trainer.max_steps}"
     before, now = state["data"]["fingerprint"], trainer.loader.sequences.fingerprint
     if before != now:
         origin += f"; WARNING: on other data than before, as accepted: fingerprint {before[:12]} -> {now[:12]}"
     return origin
+
+
+def start(trainer: Trainer) -> str:
+    """Takes the weights of --init_from, if there is one, for the run's first step; says so."""
+    origin = trainer.config.train.init_from
+    if origin is None:
+        return "starting afresh"
+    found = load_at(origin)
+    if found is None:
+        raise ValueError(f"--init_from {origin}: there is neither a checkpoint nor a model in a transformers folder")
+    trainer.load_weights(found.state, origin)
+    return f"starting from the weights in {origin}"
 
 
 def _check_agreement(ranks: Ranks, checkpoints: CheckpointFolder, state: dict[str, Any] | None) -> None:

@@ -18,6 +18,7 @@ from gpt2core import heartbeat
 from gpt2core.batch_size import fitting_mini_batch_size
 from gpt2core.checkpoint import Saver, check_same_model
 from gpt2core.checkpoint_folder import BEST, FORMAT, epoch_name
+from gpt2core.code_version import code_version
 from gpt2core.config import EvalConfig, RunConfig
 from gpt2core.distributed import Ranks, StopRequest, no_sync, pick_dtype, use_compile
 from gpt2core.evaluation import validation_loss
@@ -49,6 +50,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
+        self.code = code_version()  # now: files may change while it trains
         train = config.train
         cache = cache_of(config.data, tell)
         train_shards, val_shards = (open_shards(config.data.data_dir, split, cache) for split in SPLITS)
@@ -293,13 +295,23 @@ class Trainer:
             "model": self.raw_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "data": self.loader.state_dict(),
+            "code": self.code.model_dump(),
         }
+
+    def load_weights(self, state: dict[str, Any], where: object) -> None:
+        """Takes the weights alone. Raises ValueError, saying what differs, when they are of another model."""
+        check_same_model(where, state["config"]["model"], self.config.model.model_dump())
+        self.raw_model.load_state_dict(state["model"])
 
     def load_state_dict(self, state: dict[str, Any], where: object, accept_changed_data: bool = False) -> None:
         """Goes on from a saved state. Raises ValueError, saying what differs, when it is of another model or data."""
-        check_same_model(where, state["config"]["model"], self.config.model.model_dump())
+        if "optimizer" not in state:
+            raise ValueError(
+                f"{where} holds weights alone, imported from {state.get('imported_from')}, and nothing to resume: "
+                f"start another run from them with --init_from and its path"
+            )
+        self.load_weights(state, where)
         self.loader.load_state_dict(state["data"], accept_changed_data)
-        self.raw_model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.train_seconds = state["train_seconds"]

@@ -12,7 +12,7 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from gpt2core.checkpoint_folder import BEST, CheckpointFolder
+from gpt2core.checkpoint_folder import BEST, CheckpointFolder, epoch_name
 from gpt2core.records import Evaluation, Stage
 from gpt2core.run_folder import RunFolder
 from tasks.artifacts import LAST_UPDATE_S, artifact_key, beside
@@ -23,6 +23,14 @@ def is_there(artifacts_dir: str, run_name: str, checkpoint: str) -> bool:
     """Whether the run has a whole checkpoint of this name."""
     name = BEST if checkpoint == "best" else checkpoint
     return CheckpointFolder(RunFolder(artifacts_dir, run_name).checkpoints).find(name) is not None
+
+
+def candidates(artifacts_dir: str, run_name: str, epoch: int) -> list[str]:
+    """What the end of an epoch adds to measure for promotion: its checkpoint, and the best one when that is another."""
+    checkpoints = CheckpointFolder(RunFolder(artifacts_dir, run_name).checkpoints)
+    of_epoch, best = checkpoints.find(epoch_name(epoch)), checkpoints.find(BEST)
+    is_another = of_epoch and best and best.sidecar.sha256 != of_epoch.sidecar.sha256
+    return [epoch_name(epoch), *["best"] * bool(is_another)]
 
 
 @task(

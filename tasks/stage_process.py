@@ -19,9 +19,8 @@ SECONDS_BETWEEN_STEP_LINES = 5.0  # of the lines that every step writes; all oth
 TIMESTAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # the log has its own
 STEP_LINE = re.compile(r" step=\d+ loss=")
 TAIL_LINES = 12
-
-
-REFUSAL = re.compile(r"^\S+: error: (.*)")  # as gpt2core.flags.main_guard prints what trying again would not help
+# as gpt2core.flags.main_guard and its Parser print what trying again would not help
+REFUSAL = re.compile(r"^python -m [\w.]+: error: (.*)")
 
 
 class StageError(RuntimeError):

@@ -34,10 +34,10 @@ def gpt2(*arguments: object) -> int:
 
 
 def assert_one_sentence(done: Any, *words: str) -> None:
-    """It failed, and stderr has one line that holds these words."""
+    """It failed, and stderr has one line that holds these words and says first which program it is from."""
     assert done.returncode not in (0, None)
     assert "Traceback" not in done.stderr + done.stdout
-    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert re.fullmatch(r"(gpt2|gpt2 [a-z]+|python -m gpt2core\.[a-z]+): error: .+\n", done.stderr), done.stderr
     for word in words:
         assert word in done.stderr
 
@@ -82,6 +82,9 @@ def test_help_of_train_names_every_flag_of_the_contract(capsys: Any) -> None:
         (["export", "--to", "onnx", "somewhere"], ["onnx", "hf"]),
         (["evaluate", "--checkpoint", "nothing", "--artifacts_dir", "/nonexistent"], ["nothing", "there are: none"]),
         (["promote", "--artifacts_dir", "/nonexistent"], ["no measured checkpoint"]),
+        (["promote", "--rule", "loss"], ["gpt2 promote: error: rule:", "'val_loss' or 'acc_norm', got 'loss'"]),
+        (["promote", "--rollback", "--history"], ["--history", "not allowed with", "--rollback"]),
+        (["import", "--from", "hf", "/nonexistent", "--run_name", "a"], ["/nonexistent holds no config.json"]),
         (["tensorboard", "--artifacts_dir", "/nonexistent"], ["/nonexistent"]),
     ],
     ids=lambda value: "_".join(value[:2]) if isinstance(value, list) else None,
@@ -125,8 +128,11 @@ def test_evaluate_refuses_zero_val_tokens(tiny: Path, few_examples: Path) -> Non
 
 
 def test_a_real_process_refuses_in_one_sentence(lab: Any, tmp_path: Path) -> None:
-    assert_one_sentence(lab.run("gpt2core.cli", ["fly"]), "there is no command 'fly'")
-    assert_one_sentence(lab.run("gpt2core.cli", ["train", "--embd_size", "-1"]), "embd_size", "-1")
+    assert_one_sentence(lab.run("gpt2core.cli", ["fly"]), "gpt2: error: there is no command 'fly'")
+    assert_one_sentence(lab.run("gpt2core.cli", ["train", "--embd_size", "-1"]), "gpt2 train: error: ", "embd_size")
+    assert_one_sentence(lab.run("gpt2core.cli", ["train", "--embd", "1"]), "gpt2 train: error: unrecognized")
+    nowhere = ["--data_dir", tmp_path / "nowhere", "--artifacts_dir", tmp_path]
+    assert_one_sentence(lab.run("gpt2core.train", nowhere), "python -m gpt2core.train: error: ", "nowhere")
 
 
 def test_a_gpu_that_is_not_there_is_refused_in_one_sentence(lab: Any, tmp_path: Path) -> None:
@@ -282,8 +288,19 @@ def test_generate_continues_a_text(tiny: Path, capsys: Any) -> None:
     assert capsys.readouterr().out == text
     assert gpt2(*command, "--samples", "2", "--seed", "1") == 0
     assert capsys.readouterr().out != text
-    with pytest.raises(ValueError, match="context_length is 32"):
-        gpt2("generate", "word " * 40, *TINY, tiny.parent, "--device", "cpu")
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_any_text(tiny: Path, lab: Any, tmp_path: Path) -> None:
+    where = [*TINY, tiny.parent, "--device", "cpu"]
+    sentence = (
+        "gpt2 generate: error: the prompt 'word word word word  ...' has 41 tokens and the model's context_length is 32"
+    )
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("short\n" + "word " * 40)
+    for words in (["word " * 40], ["--prompts", prompts, "--batch_size", "1"]):
+        refused = lab.run("gpt2core.cli", ["generate", *words, *where])
+        assert_one_sentence(refused, sentence, ": at most 31 leave room")
+        assert refused.stdout == ""
 
 
 def test_promote_after_evaluate(tiny: Path, few_examples: Path, capsys: Any) -> None:

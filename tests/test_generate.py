@@ -107,7 +107,10 @@ def test_an_empty_prompt_starts_a_document() -> None:
 
 
 def test_a_prompt_without_room_is_refused() -> None:
-    with pytest.raises(ValueError, match=rf"prompt has {CONTEXT_LENGTH} tokens .* context_length is {CONTEXT_LENGTH}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"prompt ' the the the the the \.\.\.' has {CONTEXT_LENGTH} tokens .* context_length is {CONTEXT_LENGTH}: at most 23",
+    ):
         generate(random_model(), " the" * CONTEXT_LENGTH)
     assert len(generate(random_model(), " the" * (CONTEXT_LENGTH - 1))) == 1
 

@@ -173,3 +173,22 @@ def test_bf16_activations_stay_near_fp32_and_the_loss_is_fp32():
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact(tokens, targets).item(), rel=5e-3)
     assert loss.item() != exact(tokens, targets).item()
+
+
+@torch.no_grad()
+def test_weights_cast_once_give_the_numbers_of_weights_cast_at_each_use():
+    padded = SHAPE.model_copy(update={"vocab_size": 50304})
+    cast, kept = GPT(padded, torch.bfloat16), GPT(padded, torch.bfloat16)
+    fp32 = stir(make_gpt(padded))
+    for model in (cast, kept):
+        model.load_state_dict(fp32.state_dict())
+    cast.cast_weights()
+    tokens = some_tokens(2, 24)
+    assert torch.equal(cast(tokens), kept(tokens))
+    assert torch.equal(cast(tokens, tokens, reduction="none"), kept(tokens, tokens, reduction="none"))
+    assert {name for name, parameter in cast.named_parameters() if parameter.dtype == torch.float32} == {
+        "transformer.wte.weight",
+        "transformer.wpe.weight",
+    }
+    fp32.cast_weights()
+    assert fp32.lm_head.weight is fp32.transformer.wte.weight, "in fp32 there is nothing to cast"

@@ -199,12 +199,15 @@ def test_deployments_run_on_a_worker_and_misspelt_parameters_are_refused(tmp_pat
         assert refused.returncode != 0
         assert named in refused.stdout + refused.stderr
 
-    words = [word for name, value in tiny(tmp_path).items() for word in ("--param", f"{name}={json.dumps(value)}")]
+    by_acc_norm = {"rule": "acc_norm", "margin": 0.0}
+    parameters = tiny(tmp_path) | {"promotion": by_acc_norm}
+    words = [word for name, value in parameters.items() for word in ("--param", f"{name}={json.dumps(value)}")]
     started = orchestration.prefect("deployment", "run", "pretrain/demo", *words)
     assert started.returncode == 0, started.stdout + started.stderr
     worked = orchestration.prefect("worker", "start", "--pool", "local", "--run-once")
     assert "Finished in state Completed" in worked.stdout + worked.stderr, worked.stdout + worked.stderr
     assert (tmp_path / "artifacts/best/model.safetensors").exists()
+    assert json.loads((tmp_path / "artifacts/best/promotion.json").read_text())["rule"] == "acc_norm"
 
     run = {"run_name": "tiny", "artifacts_dir": str(tmp_path / "artifacts")}
     training = {name: value for name, value in tiny(tmp_path).items() if name != "runner"}
@@ -213,7 +216,7 @@ def test_deployments_run_on_a_worker_and_misspelt_parameters_are_refused(tmp_pat
         for deployment, parameters in [
             ("evaluate/checkpoint", run | {"checkpoint": "epoch_00001", "force": True, "device": "cpu"}),
             ("evaluate/nightly", run | {"run_name": "not_begun", "if_there": True}),
-            ("promote/best", run),
+            ("promote/best", run | by_acc_norm | {"publish_to": str(tmp_path / "published")}),
             ("report/run", run),
             ("train/gpt2-124m", training | {"stop_epoch": 1}),
             ("train-epoch/gpt2-124m", training | {"epoch": 2}),
@@ -226,6 +229,8 @@ def test_deployments_run_on_a_worker_and_misspelt_parameters_are_refused(tmp_pat
     worked = orchestration.prefect("worker", "start", "--pool", "local", "--run-once")
     for deployment, run_id in single.items():
         assert orchestration.state(run_id) == "Completed", f"{deployment}: {worked.stdout}{worked.stderr}"
+    published = json.loads((tmp_path / "published/best.json").read_text())
+    assert (tmp_path / "published" / published["folder"] / "model.safetensors").exists()
     for run_id, sentence in [
         (refused_run, "holds a run with other settings (train.max_lr: 0.001 -> 0.002)"),
         (too_late, "epoch 3 cannot be trained now: the run has 2 epochs"),

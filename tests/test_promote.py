@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from servers import S3
 
+from gpt2core import __version__, lock
 from gpt2core.checkpoint_folder import CheckpointFolder
-from gpt2core.config import VOCAB_SIZE, ModelConfig
-from gpt2core.model import GPT
+from gpt2core.cli import run as gpt2
+from gpt2core.code_version import code_version
+from gpt2core.config import VOCAB_SIZE, PromotionConfig
+from gpt2core.flags import TRY_AGAIN, exit_code
+from gpt2core.generate import Sampling, generate
 from gpt2core.promote import describe, judge, promote
-from gpt2core.records import Contender, Evaluation, current_best
+from gpt2core.promoted import PromotedModels
+from gpt2core.records import Contender, Evaluation, HellaSwagScore, current_best, published_at
+from gpt2core.run_checkpoint import load_at, load_named
+from gpt2core.run_folder import RunFolder
 
 
 def contender(val_loss: float, fingerprint: str = "same", **changes: Any) -> Contender:
@@ -22,9 +35,14 @@ def contender(val_loss: float, fingerprint: str = "same", **changes: Any) -> Con
     return Contender.model_validate(fields | {"val_tokens": 1024} | changes)
 
 
-def record(run: Path, checkpoint: str, val_loss: float, **changes: Any) -> None:
+def score(acc_norm: float, **changes: Any) -> HellaSwagScore:
+    fields = {"source": "few.jsonl", "examples": 400, "acc": 0.25, "acc_stderr": 0.02, "acc_norm_stderr": 0.03}
+    return HellaSwagScore.model_validate(fields | {"acc_norm": acc_norm} | changes)
+
+
+def record(run: Path, checkpoint: str, val_loss: float, file: str | None = None, **changes: Any) -> None:
     """Writes the measurement of a checkpoint as the evaluate stage does."""
-    found = CheckpointFolder(run / "checkpoints").find(checkpoint)
+    found = CheckpointFolder(RunFolder(run.parent, run.name).checkpoints).find(checkpoint)
     assert found
     evaluation = Evaluation(
         run_name=run.name,
@@ -42,7 +60,7 @@ def record(run: Path, checkpoint: str, val_loss: float, **changes: Any) -> None:
     ).model_copy(update=changes)
     folder = run / "evaluations"
     folder.mkdir(exist_ok=True)
-    (folder / f"step_{evaluation.step:06d}.json").write_text(json.dumps(evaluation.model_dump()))
+    (folder / (file or f"step_{evaluation.step:06d}.json")).write_text(json.dumps(evaluation.model_dump()))
 
 
 def history(artifacts: Path) -> list[dict[str, Any]]:
@@ -188,6 +206,104 @@ def test_a_damaged_checkpoint_is_not_promoted(run: Path) -> None:
     assert not (run.parent / "best").exists()
 
 
+# --- candidates ------------------------------------------------------------------------------------------------------
+
+
+def test_only_epochs_and_the_best_are_candidates(run: Path) -> None:
+    record(run, "rolling_step_000022", 3.0)
+    with pytest.raises(ValueError, match=r"no measured checkpoint to promote \(its epochs' and its best one"):
+        promote(run.parent, "tiny")
+    record(run, "latest", 3.5)  # which is the end of epoch 2, too
+    assert promote(run.parent, "tiny").candidate.checkpoint == "epoch_00002"
+
+
+def test_a_measurement_on_other_data_does_not_stand_for_the_runs_own(run: Path) -> None:
+    record(run, "epoch_00001", 3.5)
+    record(run, "epoch_00001", 1.0, file="step_000012_0123abcd.json", val_fingerprint="easier")
+    assert promote(run.parent, "tiny").candidate.val_loss == 3.5
+
+
+def test_of_two_measurements_the_one_on_the_holders_data_counts(run: Path, other_run: Path) -> None:
+    record(run, "epoch_00001", 2.0, val_fingerprint="asked for")
+    promote(run.parent, "tiny")
+    record(other_run, "epoch_00001", 3.5)
+    record(other_run, "epoch_00001", 1.9, file="step_000012_0123abcd.json", val_fingerprint="asked for")
+    assert promote(run.parent, "other").better_by == pytest.approx(0.1)
+
+
+def test_a_best_checkpoint_that_is_just_being_written_is_worth_another_try(run: Path) -> None:
+    record(run, "best_model", 3.5)
+    sidecar = run / "checkpoints" / "best_model.json"
+    kept = sidecar.rename(run / "kept.json")
+    for name in ("epoch_00001", "epoch_00002"):
+        (run / "checkpoints" / f"{name}.json").unlink()
+    with pytest.raises(BlockingIOError, match=r"best_model.pt is just being written, .*: try again") as refused:
+        promote(run.parent, "tiny")
+    assert exit_code(refused.value) == TRY_AGAIN
+    kept.rename(sidecar)
+    assert promote(run.parent, "tiny").promoted
+
+
+# --- the rule acc_norm -----------------------------------------------------------------------------------------------
+
+
+BY_ACC_NORM = PromotionConfig(rule="acc_norm")
+
+
+def scored(acc_norm: float, val_loss: float = 3.0, **changes: Any) -> Contender:
+    return contender(val_loss, hellaswag=score(acc_norm, **changes))
+
+
+@pytest.mark.parametrize(
+    ("candidate", "holder", "margin", "promoted", "reason"),
+    [
+        (scored(0.30), None, 1.0, True, "first to be promoted, acc_norm 0.3000"),
+        (scored(0.35), scored(0.30), 1.0, True, r"0.3500 against 0.3000 of a step 1, 1.18 standard errors"),
+        (scored(0.34), scored(0.30), 1.0, False, "not better by more than 1 standard errors"),
+        (scored(0.34), scored(0.30), 0.0, True, "better: acc_norm"),
+        (scored(0.30), scored(0.30), 0.0, False, "a tie"),
+        (scored(0.30), scored(0.35), 0.0, False, "not better: "),
+        (scored(0.40, 9.0), scored(0.30, 3.0), 1.0, True, "better: "),  # whatever the losses
+        (scored(0.40), contender(3.0), 1.0, False, "a step 1 was promoted without a HellaSwag result"),
+        (scored(0.40), scored(0.30, examples=10), 1.0, False, "other HellaSwag examples"),
+        (scored(0.40), scored(0.30, source="others.jsonl"), 1.0, False, "other HellaSwag examples"),
+        (scored(0.40, acc_norm_stderr=0.0), scored(0.30, acc_norm_stderr=0.0), 1.0, True, "better: "),
+    ],
+)
+def test_judge_by_acc_norm(
+    candidate: Contender, holder: Contender | None, margin: float, promoted: bool, reason: str
+) -> None:
+    verdict, why = judge(candidate, holder, PromotionConfig(rule="acc_norm", margin=margin))
+    assert verdict is promoted
+    assert reason in why
+
+
+def test_the_candidate_by_acc_norm_is_the_one_with_the_highest(run: Path) -> None:
+    record(run, "epoch_00001", 3.9, hellaswag=score(0.40))
+    record(run, "epoch_00002", 3.5, hellaswag=score(0.30))
+    decision = promote(run.parent, "tiny", BY_ACC_NORM)
+    assert (decision.candidate.step, decision.rule) == (12, "acc_norm")
+    decision = promote(run.parent, "tiny")
+    assert decision.promoted and decision.candidate.step == 24, "by val_loss it is the other one"
+    assert decision.better_by == pytest.approx(0.4)
+
+
+def test_without_the_rules_number_none_is_promoted_and_it_says_so(run: Path) -> None:
+    record(run, "epoch_00001", 3.5)
+    with pytest.raises(ValueError, match=r"by acc_norm: epoch_00001 was measured, but its acc_norm is missing"):
+        promote(run.parent, "tiny", BY_ACC_NORM)
+    record(run, "epoch_00001", 3.5, hellaswag=score(float("nan")))
+    with pytest.raises(ValueError, match=r"its acc_norm is missing or not finite"):
+        promote(run.parent, "tiny", BY_ACC_NORM)
+    record(run, "epoch_00001", float("nan"), hellaswag=score(0.5))
+    with pytest.raises(ValueError, match="no measured checkpoint"):
+        promote(run.parent, "tiny", BY_ACC_NORM)
+    assert not (run.parent / "best").exists()
+
+
+# --- what is promoted ------------------------------------------------------------------------------------------------
+
+
 def test_what_is_promoted_is_the_measured_model_as_transformers_loads_it(run: Path, lab: Any) -> None:
     import transformers
 
@@ -195,18 +311,61 @@ def test_what_is_promoted_is_the_measured_model_as_transformers_loads_it(run: Pa
     promote(run.parent, "tiny")
     best = run.parent / "best"
     checkpoint = lab.load(run / "checkpoints" / "epoch_00001.pt")
-    ours = GPT(ModelConfig.model_validate(checkpoint["config"]["model"]))
-    ours.load_state_dict(checkpoint["model"])
+    ours = load_named("epoch_00001", RunFolder(run.parent, "tiny")).model("cpu")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(best).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(best)
-    tokens = tokenizer("First Citizen: Before we proceed any further", return_tensors="pt").input_ids
+    text = "First Citizen: Before we proceed any further"
+    tokens = tokenizer(text, return_tensors="pt").input_ids
     with torch.no_grad():
-        expected = ours.eval()(tokens)[..., :VOCAB_SIZE]
+        expected = ours(tokens)[..., :VOCAB_SIZE]
         logits = theirs(tokens).logits
     assert logits.shape == expected.shape
     assert torch.allclose(logits, expected, atol=1e-4, rtol=0)
+    continued = theirs.generate(tokens, max_new_tokens=16, do_sample=False)[0]
+    assert [tokenizer.decode(continued)] == generate(ours, text, Sampling(16, temperature=0))
     assert json.loads((best / "evaluation.json").read_text())["val_loss"] == 3.5
     assert json.loads((best / "training_config.json").read_text()) == checkpoint["config"]
+    steps = [json.loads(line)["step"] for line in (best / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 12
+
+
+def test_the_record_says_what_was_beaten_and_where_the_model_comes_from(run: Path, other_run: Path, lab: Any) -> None:
+    record(run, "epoch_00001", 3.5)
+    promote(run.parent, "tiny")
+    record(other_run, "epoch_00002", 3.25)
+    promote(run.parent, "other")
+    said = json.loads((run.parent / "best" / "promotion.json").read_text())
+    assert (said["candidate"]["run_name"], said["candidate"]["step"]) == ("other", 24)
+    assert (said["beaten"]["run_name"], said["better_by"], said["rule"]) == ("tiny", 0.25, "val_loss")
+    checkpoint = lab.load(other_run / "checkpoints" / "epoch_00002.pt")
+    assert said["train_fingerprint"] == checkpoint["data"]["fingerprint"]
+    assert said["candidate"]["val_fingerprint"] == "same"
+    assert said["candidate"]["sha256"] == json.loads((other_run / "checkpoints/epoch_00002.json").read_text())["sha256"]
+    assert said["trained_with"]["version"] == said["promoted_with"]["version"] == __version__
+    assert said["trained_with"]["commit"] == code_version().commit
+    assert history(run.parent)[-1] == said
+
+
+def test_the_card_shows_figures_curves_and_origin(run: Path, lab: Any) -> None:
+    record(run, "epoch_00002", 3.5, hellaswag=score(0.3))
+    log = run / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"step": 24, "acc": 0.25, "acc_norm": 0.3}\n')
+    promote(run.parent, "tiny")
+    best = run.parent / "best"
+    card = ModelCard.load(best / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+    results = {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results}
+    assert results["validation shard", "loss"] == 3.5
+    assert results["HellaSwag (build-nanogpt)", "acc_norm"] == 0.3
+    shown = [line.rpartition("(")[2].rstrip(")") for line in card.text.splitlines() if line.startswith("![")]
+    assert shown == ["loss.png", "hellaswag.png"]
+    assert all((best / name).read_bytes().startswith(b"\x89PNG") for name in shown)
+    checkpoint = lab.load(run / "checkpoints" / "epoch_00002.pt")
+    assert "| validation loss | 3.5000 nats a token |" in card.text
+    assert "acc_norm | 0.3000 ± 0.0300 |" in card.text
+    assert checkpoint["data"]["fingerprint"] in card.text
+    assert f"{checkpoint['tokens_seen']:,} tokens of {lab.source}" in card.text
+    assert card.data.datasets is None, "a file of this machine is no dataset of the hub"
 
 
 def test_the_promoted_model_outlives_its_run(run: Path) -> None:
@@ -214,3 +373,277 @@ def test_the_promoted_model_outlives_its_run(run: Path) -> None:
     promote(run.parent, "tiny")
     shutil.rmtree(run)
     assert (run.parent / "best" / "model.safetensors").stat().st_size > 0
+
+
+def test_the_code_version_is_of_a_checkout_that_holds_the_package(tmp_path: Path) -> None:
+    package, environment = tmp_path / "package", os.environ | {"GIT_CONFIG_GLOBAL": os.devnull}
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    assert code_version(package).model_dump() == {"version": __version__, "commit": None, "dirty": None}
+
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        done = subprocess.run(["git", *who, *words], cwd=tmp_path, env=environment, capture_output=True, check=True)
+        return done.stdout.decode().strip()
+
+    def seen() -> tuple[str | None, bool | None]:
+        code_version.cache_clear()
+        version = code_version(package)
+        return version.commit, version.dirty
+
+    git("init", "--quiet")
+    assert seen() == (None, None), "it lies in a checkout, as an environment may, and does not belong to it"
+    git("add", "package")
+    git("commit", "--quiet", "--message", "a")
+    commit = git("rev-parse", "HEAD")
+    (tmp_path / "data.txt").write_text("untracked")
+    assert seen() == (commit, False)
+    (package / "__init__.py").write_text("changed = True")
+    assert seen() == (commit, True)
+    code_version.cache_clear()
+
+
+# --- back again ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three_promoted(run: Path) -> PromotedModels:
+    """Of validation loss 3.5, 3.4 and 3.3, without curves, which take most of a promotion's time."""
+    (run / "metrics.jsonl").unlink()
+    for name, loss in (("epoch_00001", 3.5), ("epoch_00002", 3.4), ("epoch_00001", 3.3)):
+        record(run, name, loss)
+        assert promote(run.parent, "tiny").promoted
+    return PromotedModels(run.parent)
+
+
+def best_loss(models: PromotedModels) -> float:
+    """Of the model that readers see, which must be whole."""
+    for name in ("model.safetensors", "config.json", "vocab.json", "README.md", "training_config.json"):
+        assert (models.link / name).stat().st_size > 0
+    found = current_best(models.artifacts)
+    assert found
+    return found.val_loss
+
+
+def test_rollback_goes_back_one_by_one_and_a_later_promotion_compares_with_what_is_there(
+    run: Path, three_promoted: PromotedModels, capsys: Any
+) -> None:
+    where = ["--artifacts_dir", str(run.parent), "--run_name", "tiny"]
+    assert not gpt2(["promote", "--rollback", *where])
+    assert capsys.readouterr().out == "rolled back: best is tiny epoch_00002 (step 24) again\n"
+    assert best_loss(three_promoted) == 3.4
+    record(run, "epoch_00001", 3.35)
+    assert promote(run.parent, "tiny").better_by == pytest.approx(0.05)
+    for loss in (3.4, 3.5):
+        gpt2(["promote", "--rollback", *where])
+        assert best_loss(three_promoted) == loss
+    with pytest.raises(ValueError, match="best holds the first model that was promoted: there is none before it"):
+        gpt2(["promote", "--rollback", *where])
+    losses = [(line["action"], line["candidate"]["val_loss"]) for line in history(run.parent)]
+    promotions = [("promote", 3.5), ("promote", 3.4), ("promote", 3.3), ("rollback", 3.4), ("promote", 3.35)]
+    assert losses == [*promotions, ("rollback", 3.4), ("rollback", 3.5)]
+    capsys.readouterr()
+    assert not gpt2(["promote", "--history", *where])
+    table = [line for line in capsys.readouterr().out.splitlines() if "tiny 12" in line or "tiny 24" in line]
+    assert [line.split("│")[2].strip() for line in table] == ["promoted"] * 3 + ["rolled back to", "promoted"] + [
+        "rolled back to"
+    ] * 2
+    assert all(" 3.3500 " in line for line in table[4:5])
+
+
+def test_rollback_without_anything_to_go_back_to_is_refused(tmp_path: Path, three_promoted: PromotedModels) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match="best: nothing was promoted yet, so there is nothing to go back from"):
+        gpt2(["promote", "--rollback", "--artifacts_dir", str(empty)])
+    shutil.rmtree(next(three_promoted.versions.glob("0002_*")))
+    with pytest.raises(ValueError, match=r"0002_tiny_step_000024/promotion.json is not there"):
+        gpt2(["promote", "--rollback", "--artifacts_dir", str(three_promoted.artifacts)])
+    assert best_loss(three_promoted) == 3.3
+
+
+def test_a_best_that_was_not_promoted_here_is_left_alone(run: Path) -> None:
+    record(run, "epoch_00001", 3.5)
+    (run.parent / "best").mkdir()
+    with pytest.raises(ValueError, match=r"best is no link into .*promoted, so it was not promoted: move it away"):
+        promote(run.parent, "tiny")
+
+
+# --- two at once, and kills ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_promotions_at_once_are_both_decided_one_after_the_other(run: Path, other_run: Path, lab: Any) -> None:
+    for folder, loss in ((run, 3.5), (other_run, 3.4)):
+        record(folder, "epoch_00001", loss)
+    models = PromotedModels(run.parent)
+    command = ["--artifacts_dir", str(run.parent), "--run_name"]
+    with (
+        lab.started(run, [*command, "tiny"], module="gpt2core.promote") as one,
+        lab.started(run, [*command, "other"], module="gpt2core.promote") as two,
+    ):
+        with lock.hold(models.versions / lock.LOCK_FILE):
+            for started in (one, two):
+                started.wait_for(lambda started=started: "waiting for process" in started.output, "it to wait")
+        assert (one.wait(), two.wait()) == (0, 0), one.output + two.output
+    assert best_loss(models) == 3.4
+    assert sorted(line["candidate"]["val_loss"] for line in history(run.parent)) == [3.4, 3.5]
+
+
+# Promotes or rolls back in children, of which the Nth is killed right before its Nth change to the links and records.
+KILLER = """
+import os, signal, subprocess, sys
+from gpt2core.promote import promote
+from gpt2core.promoted import PromotedModels
+
+before, work, action = sys.argv[1:]
+WATCHED = (".best.new", "pending.json", "history.jsonl", ".building")
+
+def dying(call):
+    def count(*arguments, **options):
+        global left
+        if any(str(argument).endswith(WATCHED) or str(argument) == folder for argument in arguments):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments, **options)
+    return count
+
+for kill_at in range(1, 1000):
+    folder = f"{work}/killed_at_{kill_at}"
+    subprocess.run(["cp", "-a", before, folder], check=True)
+    child = os.fork()
+    if child == 0:
+        left = kill_at
+        for name in ("replace", "rename", "symlink", "unlink", "mkdir", "open"):
+            setattr(os, name, dying(getattr(os, name)))
+        os.fsync = lambda descriptor: None  # of no use against a kill, and most of the time
+        if action == "promote":
+            promote(folder, "other")
+        else:
+            models = PromotedModels(folder)
+            with models.held():
+                models.roll_back()
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status != -signal.SIGKILL:
+        sys.exit(status)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("action", "new_loss"), [("promote", 3.2), ("rollback", 3.4)])
+def test_killed_anywhere_the_old_or_the_new_is_best_and_the_next_puts_the_rest_right(
+    three_promoted: PromotedModels, other_run: Path, tmp_path: Path, action: str, new_loss: float
+) -> None:
+    before, work = three_promoted.artifacts, tmp_path.with_name(f"{tmp_path.name}_killed")
+    (other_run / "metrics.jsonl").unlink()
+    record(other_run, "epoch_00002", 3.2)
+    work.mkdir()
+    known = history(before)
+    done = subprocess.run([sys.executable, "-c", KILLER, before, work, action], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folders = [work / f"killed_at_{n + 1}" for n in range(len(list(work.iterdir())))]
+    assert len(folders) >= 7
+    seen = []
+    for folder in folders:
+        models = PromotedModels(folder)
+        seen.append(best_loss(models))
+        with models.held():
+            pass
+        assert best_loss(models) == seen[-1], "what readers saw stays"
+        decided = [line["candidate"]["val_loss"] for line in history(folder)[len(known) :]]
+        assert decided == ([new_loss] if seen[-1] == new_loss else []), "history has what happened, and once"
+        numbers = sorted(path.name[:4] for path in models.versions.iterdir() if path.is_dir())
+        assert numbers == ["0001", "0002", "0003", "0004"][: 4 if decided and action == "promote" else 3]
+        assert not list(models.versions.glob(".*.building")) and not models.pending_file.exists()
+    assert [loss for loss, _ in itertools.groupby(seen)] == [3.3, new_loss], "old, then new"
+
+
+def test_a_history_line_that_a_crash_cut_short_takes_no_other_with_it(run: Path) -> None:
+    record(run, "epoch_00001", 3.5)
+    promote(run.parent, "tiny")
+    with (run.parent / "promoted" / "history.jsonl").open("a") as file:
+        file.write('{"promoted": fal')
+    record(run, "epoch_00002", 3.4)
+    promote(run.parent, "tiny")
+    assert [found.candidate.val_loss for found in PromotedModels(run.parent).history()] == [3.5, 3.4]
+
+
+# --- at a URL --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def remote_run(run: Path, s3: S3) -> Path:
+    """The run, as if it had its checkpoints at s3://BUCKET/checkpoints/tiny."""
+    config = json.loads((run / "config.json").read_text())
+    config["train"]["checkpoint_dir"] = f"{s3.bucket_url}/checkpoints"
+    (run / "config.json").write_text(json.dumps(config))
+    for name in ("epoch_00001", "best_model"):
+        for suffix in ("pt", "json"):
+            s3.add(f"checkpoints/tiny/{name}.{suffix}", (run / "checkpoints" / f"{name}.{suffix}").read_bytes())
+    shutil.rmtree(run / "checkpoints")
+    return run
+
+
+@pytest.mark.slow
+def test_checkpoints_at_a_url_are_promoted_and_published_to_one(remote_run: Path, s3: S3, capsys: Any) -> None:
+    artifacts, place = remote_run.parent, f"{s3.bucket_url}/best"
+    record(remote_run, "epoch_00001", 3.5)
+    command = ["promote", "--artifacts_dir", str(artifacts), "--run_name", "tiny", "--publish_to", place]
+    gpt2(command)
+    published = published_at(place)
+    assert published and published.candidate == current_best(artifacts)
+    local = {path.name: path.read_bytes() for path in (artifacts / "best").iterdir()}
+    assert s3.contents(f"best/{published.folder}") == local
+    assert s3.requests("PUT")[-1] == "best/best.json", "what names it goes last"
+    assert f"published: {place}/{published.folder}" in capsys.readouterr().out
+    sent = len(s3.requests("PUT"))
+    gpt2(command)
+    assert "published already" in capsys.readouterr().out and len(s3.requests("PUT")) == sent
+    there, here = load_at(place), load_at(str(artifacts / "best"))
+    assert there and here and there.state["step"] == 12
+    assert all(torch.equal(tensor, here.state["model"][name]) for name, tensor in there.state["model"].items())
+
+
+@pytest.mark.slow
+def test_a_publication_that_is_killed_leaves_the_old_one_and_is_done_by_the_next(run: Path, s3: S3, lab: Any) -> None:
+    place = f"{s3.bucket_url}/best"
+    command = ["promote", "--artifacts_dir", str(run.parent), "--run_name", "tiny", "--publish_to", place]
+    record(run, "epoch_00001", 3.5)
+    gpt2(command)
+    first = published_at(place)
+    record(run, "epoch_00002", 3.4)
+    held = s3.hold("PUT", "tokenizer_config.json")
+    with lab.started(run, command, module="gpt2core.cli") as promoter:
+        promoter.wait_for(held.reached.is_set, "the upload")
+        promoter.kill_everything()
+        promoter.wait()
+    held.release(drop=True)
+    assert published_at(place) == first
+    gpt2(command)  # which has nothing to promote any more
+    second = published_at(place)
+    assert second and second.candidate.val_loss == 3.4
+    assert len(s3.contents(f"best/{second.folder}")) == len(list((run.parent / "best").iterdir()))
+    gpt2([*command, "--rollback"])
+    again = published_at(place)
+    assert first and again and again.folder == first.folder
+
+
+@pytest.mark.slow
+def test_a_best_checkpoint_replaced_while_it_is_read_is_not_promoted_under_the_old_measurement(
+    remote_run: Path, s3: S3, lab: Any
+) -> None:
+    record(remote_run, "best_model", 3.3)
+    record(remote_run, "epoch_00001", 3.5)
+    held = s3.hold("GET", "best_model.pt")
+    command = ["--artifacts_dir", str(remote_run.parent), "--run_name", "tiny"]
+    with lab.started(remote_run, command, module="gpt2core.promote") as promoter:
+        promoter.wait_for(held.reached.is_set, "best_model.pt to be read")
+        for suffix in ("pt", "json"):
+            content = s3.contents("checkpoints/tiny")[f"epoch_00001.{suffix}"]
+            s3.add(f"checkpoints/tiny/best_model.{suffix}", content)
+        held.release()
+        assert promoter.wait() == 0, promoter.output
+    best = current_best(remote_run.parent)
+    assert best and (best.step, best.val_loss) == (12, 3.5)

@@ -229,7 +229,7 @@ def test_an_occupied_port_is_one_sentence_and_nothing_is_started(tmp_path: Path)
         refused = installation.call("up")
     assert refused.returncode == 1
     assert re.fullmatch(
-        r"services.py: error: the tensorboard cannot listen on 127.0.0.1:\d+ \(.*\): choose another port, .*\n",
+        r"python -m flows.services: error: the tensorboard cannot listen on 127.0.0.1:\d+ \(.*\): choose another port, .*\n",
         refused.stderr,
     )
     assert not installation.state_dir.exists()

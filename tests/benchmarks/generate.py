@@ -34,7 +34,7 @@ def main() -> None:
     shape = MODEL_SIZES[arguments.size]
     ours = GPT(shape, pick_dtype("auto", device))
     ours.init_weights(torch.Generator().manual_seed(0))
-    ours.to(device).eval()
+    ours.to(device).eval().cast_weights()  # as run_checkpoint has it
     sizes = {"n_layer": shape.num_layers, "n_embd": shape.embd_size, "n_head": shape.num_heads}
     theirs = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, eos_token_id=None, **sizes))
     theirs.to(device, ours.compute_dtype).eval()
