@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from gpt2core.checkpoint_folder import CheckpointFolder
 from gpt2core.config import ModelConfig
 from gpt2core.evaluate import add_arguments, describe, evaluate
 from gpt2core.export import export_huggingface
@@ -22,6 +23,7 @@ from gpt2core.report import evaluations
 from gpt2core.run_folder import RunFolder
 from gpt2core.shards import open_shards
 from gpt2core.tokenizer import EOT, encoding
+from tasks.evaluate_checkpoint import candidates
 
 pytestmark = pytest.mark.slow  # each test starts trainers or other processes
 
@@ -240,3 +242,10 @@ def test_two_ranks_get_what_one_gets(run: Path, lab: Any, hellaswag: Path) -> No
     assert two.measured_at > one.measured_at or two.duration_s != one.duration_s
     assert two.val_loss == one.val_loss
     assert (two.hellaswag.acc, two.hellaswag.acc_norm) == (one.hellaswag.acc, one.hellaswag.acc_norm)
+
+
+def test_the_best_checkpoint_is_measured_too_where_it_is_not_the_epochs(run: Path) -> None:
+    best = CheckpointFolder(run / "checkpoints").find("best_model")
+    assert best and best.sidecar.step == 24
+    assert candidates(str(run.parent), "tiny", 2) == ["epoch_00002"]
+    assert candidates(str(run.parent), "tiny", 1) == ["epoch_00001", "best"]
