@@ -1,13 +1,14 @@
 # make demo    the whole pipeline on the bundled sample          make check   lint, types, fast tests
 # make up      Prefect server, worker and TensorBoard here       make down    ends them
-# make test    all tests                                         make setup   .venv alone
+# make test    all tests                                         make lint    lint and types alone
+# make setup   .venv alone
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := $(BIN)/python -m flows.pretrain --recipe demo --nproc_per_node 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-clean up down check format test
+.PHONY: help setup demo demo-clean up down lint check format test
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -39,10 +40,12 @@ up: setup
 down: setup
 	@$(SERVICES) down
 
-check: setup
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint
 	$(BIN)/python -m pytest -m 'not slow and not soak'
 
 format: setup
