@@ -20,7 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from gpt2core.flags import TRY_AGAIN
+from gpt2core.flags import TRY_AGAIN, main_guard
 from gpt2core.run_folder import RunFolder
 
 OPTIMIZERS = ("adamw", "muon")
@@ -97,11 +97,9 @@ class Contest:
         if steps in curve.val_losses:
             return True
         command = [sys.executable, "-m", "gpt2core.cli", "train", *FIXED.split(), *self.train_flags]
-        command += [f"--{name}={value}" for name, value in curve.contender.flags.items()]
-        command += [
-            f"--optimizer={curve.contender.optimizer}",
-            f"--min_lr={self.arguments.min_lr_ratio * curve.contender.flags['max_lr']}",
-        ]
+        min_lr = self.arguments.min_lr_ratio * curve.contender.flags["max_lr"]
+        flags = curve.contender.flags | {"optimizer": curve.contender.optimizer, "min_lr": min_lr}
+        command += [f"--{name}={value}" for name, value in flags.items()]
         command += [f"--steps_per_epoch={steps}", f"--seed={curve.seed}", "--resume=latest"]
         command += [f"--artifacts_dir={self.arguments.folder}", f"--run_name={curve.run.path.name}"]
         print(f"{curve.contender.label}, seed {curve.seed}", flush=True)
@@ -125,16 +123,12 @@ class Contest:
         further = [curve for pair in pairs[1:] for curve in pair]
         for curve in [*self.tuned, *further]:
             lines.append(f"| {curve.contender.label} | {curve.seed} | {curve.final(steps):.4f} |")
-        lines += [
-            "",
-            "| seed | AdamW after all steps | Muon after all steps | steps, AdamW | Muon to AdamW's loss | share |",
-        ]
-        lines[-1] += " seconds, AdamW | Muon to AdamW's loss | share |"
-        lines.append("|---" * 9 + "|")
-        for adamw, muon in pairs:
-            lines.append(
-                f"| {adamw.seed} | {adamw.final(steps):.4f} | {muon.final(steps):.4f} | {steps} | {self.to_loss(adamw, muon)} |"
-            )
+        columns = ["seed", "AdamW's final loss", "Muon's", "steps, AdamW", "Muon to AdamW's loss", "share"]
+        columns += ["seconds, AdamW", "Muon to AdamW's loss", "share"]
+        lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        for base, other in pairs:
+            losses = f"{base.final(steps):.4f} | {other.final(steps):.4f}"
+            lines.append(f"| {base.seed} | {losses} | {steps} | {self.to_loss(base, other)} |")
         return "\n".join(lines) + "\n"
 
     def to_loss(self, base: Curve, other: Curve) -> str:
@@ -200,4 +194,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main_guard(main)
