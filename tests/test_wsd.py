@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gpt2core import cli
 from gpt2core.config import LaunchConfig, RunConfig
 from gpt2core.flags import read_config
 from gpt2core.optim import learning_rate
@@ -72,7 +74,7 @@ def test_a_run_in_its_decay_keeps_its_length_unless_it_goes_back(
     assert read_config(decayed / "config.json").train.num_epochs == 5
 
 
-def test_a_checkpoint_of_the_stable_phase_is_decayed_in_a_run_of_its_own(
+def test_a_checkpoint_of_the_stable_phase_is_decayed_and_promoted_as_a_run_of_its_own(
     lab: Any, tmp_path: Path, train_here: Any
 ) -> None:
     """While the first run is still in its stable phase, as if it went on without end."""
@@ -85,6 +87,11 @@ def test_a_checkpoint_of_the_stable_phase_is_decayed_in_a_run_of_its_own(
     assert lrs == lrs_of(read_config(branch / "config.json"), 5, 8)
     assert lrs[5] == 1e-3 and lrs[8] < 6e-4
     assert lab.latest(branch)["step"] == 8 and (branch / "checkpoints" / "epoch_00002.pt").exists()
+    named = ["--run_name", "branch", "--artifacts_dir", str(tmp_path)]
+    cli.evaluate([*named, "--checkpoint", "best", "--hellaswag", str(lab.hellaswag)])
+    cli.promote(named)
+    promoted = json.loads((tmp_path / "best" / "promotion.json").read_text(encoding="utf-8"))["candidate"]
+    assert (promoted["run_name"], promoted["step"]) == ("branch", 8)
     assert {path.name: path.stat().st_mtime_ns for path in (run / "checkpoints").iterdir()} == before
     train_here([*lab.flags(tmp_path, **RUN, num_epochs=100), "--resume", "latest", "--stop_epoch", "2"])
     assert set(list(lab.logged(run, "lr").values())[2:]) == {1e-3}
