@@ -237,7 +237,9 @@ class TrainConfig(Settings):
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> TrainConfig:
         if self.optimizer != "muon":
-            self._refuse_changed("optimizer muon", [name for name in type(self).model_fields if "muon_" in name])
+            self._refuse_changed(
+                "optimizer muon", [name for name in type(self).model_fields if name.startswith("muon_")]
+            )
         if self.lr_schedule != "wsd":
             self._refuse_changed("lr_schedule wsd", ["decay_epochs"])
         elif self.decay_epochs > self.num_epochs:

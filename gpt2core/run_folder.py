@@ -66,6 +66,10 @@ class RunFolder:
         if not self.config_file.exists() or self.config_file.read_text(encoding="utf-8") != _to_json(config):
             write_text(self.config_file, _to_json(config))
 
+    def was_claimed_for(self, optimizer: str) -> bool:
+        """Whether config.json is there and names this optimizer."""
+        return self.config_file.exists() and read_config(self.config_file).train.optimizer == optimizer
+
     def _begun(self, wanted: TrainConfig, epochs_done: float | None) -> RunConfig:
         """The configuration in config.json, with the wanted length where that changes nothing of what is done."""
         begun = read_config(self.config_file)

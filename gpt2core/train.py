@@ -152,7 +152,9 @@ def _train(
         if ranks.is_main:  # now, for what comes next may fail; log.txt gets it when it is open
             tell(warnings[-1])
 
-    origin = restore(trainer, checkpoints, resume, warn, accept_changed_data, force)
+    # a forced start under the pipeline has written config.json already, and is not forced again at each resume
+    (new_optimizer, *_) = ranks.gather(force or folder.was_claimed_for(config.train.optimizer))
+    origin = restore(trainer, checkpoints, resume, warn, accept_changed_data, new_optimizer)
     ranks.on_main(lambda: folder.claim(config, force, trainer.step / trainer.steps_per_epoch))
     log = saver = None
     if ranks.is_main:
@@ -223,7 +225,7 @@ def restore(
     resume: str | None,
     warn: Callable[[str], None],
     accept_changed_data: bool = False,
-    force: bool = False,
+    accept_new_optimizer: bool = False,
 ) -> str:
     """Loads what --resume names into the trainer and says, in one line, where training starts."""
     state: dict[str, Any] | None = None
@@ -243,7 +245,7 @@ def restore(
         state, where = load(path, named.sidecar if named else None), path
     if state is None:
         return f"starting afresh, {trainer.max_steps} steps to do"
-    trainer.load_state_dict(state, where, accept_changed_data, force)
+    trainer.load_state_dict(state, where, accept_changed_data, accept_new_optimizer)
     origin = f"resumed from {where} at step {trainer.step} of {trainer.max_steps}"
     before, now = state["data"]["fingerprint"], trainer.loader.sequences.fingerprint
     if before != now:

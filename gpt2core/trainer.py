@@ -287,13 +287,17 @@ class Trainer:
         }
 
     def load_state_dict(
-        self, state: dict[str, Any], where: object, accept_changed_data: bool = False, force: bool = False
+        self,
+        state: dict[str, Any],
+        where: object,
+        accept_changed_data: bool = False,
+        accept_new_optimizer: bool = False,
     ) -> None:
         """Goes on from a saved state. Raises ValueError, saying what differs, when it is of another model, data or
-        optimizer; with `force` another optimizer begins with moments of zero."""
+        optimizer; one that is accepted begins with moments of zero."""
         check_same_model(where, state["config"]["model"], self.config.model.model_dump())
         before, now = optimizer_of(state), self.config.train.optimizer
-        if before != now and not force:
+        if before != now and not accept_new_optimizer:
             raise ValueError(
                 f"{where} was trained with optimizer {before}, and {now} is asked for: give --optimizer {before}, "
                 f"or --force to go on with {now}, whose moments then start from zero"

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpt2core.config import ModelConfig, RunConfig, TrainConfig
+from gpt2core.config import LaunchConfig, ModelConfig, RunConfig, TrainConfig
+from gpt2core.flags import read_config
 from gpt2core.model import GPT
 from gpt2core.muon import COEFFICIENTS, Muon, orthogonalize
 from gpt2core.optim import Optimizer, build_optimizer, set_learning_rate
+from gpt2core.preflight import claim_run
 
 SHAPES = [(16, 16), (48, 16), (16, 64), (7, 5)]
 RUN = {
@@ -266,17 +268,27 @@ def test_a_run_of_two_ranks_goes_on_in_one_process(lab: Any, two_ranks: Path, tm
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("through", ["the command line", "the pipeline"])
 def test_another_optimizer_is_refused_and_begins_from_zero_when_forced(
-    lab: Any, two_ranks: Path, tmp_path: Path, train_here: Any, capsys: Any
+    lab: Any, two_ranks: Path, tmp_path: Path, train_here: Any, capsys: Any, through: str
 ) -> None:
     run = lab.copy_run(two_ranks, tmp_path)
-    to_adamw = [*lab.flags(tmp_path, **RUN | {"optimizer": "adamw"}), "--resume", "epoch_00001"]
+    flags = [*lab.flags(tmp_path, **RUN | {"optimizer": "adamw"}), "--resume", "epoch_00001"]
     with pytest.raises(
         ValueError, match=r"with optimizer muon, and adamw is asked for: give --optimizer muon"
     ) as caught:
-        train_here(to_adamw)
+        train_here(flags)
     assert "--force" in str(caught.value)
-    train_here([*to_adamw, "--force"])
+    if through == "the command line":
+        train_here([*flags, "--force"])
+    else:
+        begun = read_config(run / "config.json")
+        forced = {"artifacts_dir": str(tmp_path), "train": begun.train.model_copy(update={"optimizer": "adamw"})}
+        config = begun.model_copy(update=forced)
+        with pytest.raises(ValueError, match=r"train\.optimizer: muon -> adamw"):
+            claim_run(config, LaunchConfig(nproc_per_node=1))
+        claim_run(config, LaunchConfig(nproc_per_node=1), force=True)
+        train_here(flags)
     assert "WARNING: with another optimizer than before, as forced: muon -> adamw" in capsys.readouterr().out
     state = lab.latest(run)["optimizer"]
     assert "muon" not in state
