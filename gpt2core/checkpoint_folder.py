@@ -12,6 +12,7 @@ sidecar before it moves and gets the new one after: at any moment of a crash at 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import socket
@@ -60,6 +61,7 @@ class Summary(BaseModel):
 
     step: int
     epoch: int  # finished epochs
+    steps_per_epoch: int | None = None
     train_loss: float | None
     val_loss: float | None
     best_val_loss: float | None = None
@@ -67,6 +69,11 @@ class Summary(BaseModel):
     train_seconds: float | None = None  # spent on training steps so far, over all attempts
     config_sha256: str | None = None
     torch_version: str | None = None
+
+    @property
+    def epochs_done(self) -> float:
+        """Epochs and parts of one; infinite where an older version did not write how long one is."""
+        return self.step / self.steps_per_epoch if self.steps_per_epoch else math.inf
 
 
 class Sidecar(Summary):

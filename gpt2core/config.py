@@ -51,8 +51,13 @@ class ModelConfig(Settings):
     def num_parameters(self) -> int:
         """Trainable parameters; the head shares its matrix with the token embedding."""
         width = self.embd_size
-        block = 12 * width * width + 13 * width  # qkv 3w^2+3w, projection w^2+w, MLP 8w^2+5w, two LayerNorms 4w
-        return (self.vocab_size + self.context_length) * width + self.num_layers * block + 2 * width
+        vectors = self.num_layers * 13 * width  # of the blocks: biases qkv 3w, projection w, MLP 5w, two LayerNorms 4w
+        embeddings = (self.vocab_size + self.context_length) * width
+        return embeddings + self.num_block_weights() + vectors + 2 * width
+
+    def num_block_weights(self) -> int:
+        """Parameters in the matrices of the blocks: qkv 3w^2, projection w^2, MLP 8w^2."""
+        return self.num_layers * 12 * self.embd_size**2
 
     def flops_per_token(self) -> int:
         """Of one training step, forward and backward: 6 N + 12 L T C (PaLM, Chowdhery et al. 2022, appendix B), where N
@@ -154,10 +159,20 @@ class TrainConfig(Settings):
         32,
         description="Sequences a rank takes through the model at once; auto takes the largest power of two that fits.",
     )
-    max_lr: float = Field(1e-3, gt=0, description="Learning rate after the warmup.")
-    min_lr: float = Field(1e-4, ge=0, description="Learning rate at the end of the cosine.")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="AdamW for all weights, or Muon for the matrices inside the blocks and AdamW for the rest."
+    )
+    max_lr: float = Field(1e-3, gt=0, description="Learning rate of AdamW after the warmup.")
+    min_lr: float = Field(1e-4, ge=0, description="Learning rate of AdamW at the end of the schedule.")
     warmup_steps: Frequency = Field(715, description="Steps of linear warmup (375M tokens, as in GPT-3).")
-    num_epochs: Positive = Field(5, description="Epochs in the run; the cosine spans all of them.")
+    lr_schedule: Literal["cosine", "wsd"] = Field(
+        "cosine",
+        description="After the warmup: a cosine down to min_lr, or max_lr until the last decay_epochs (warmup, stable, decay).",
+    )
+    decay_epochs: float = Field(
+        1.0, gt=0, description="Epochs, or a part of one, that the learning rate falls at the end of lr_schedule wsd."
+    )
+    num_epochs: Positive = Field(5, description="Epochs in the run; the learning rate's schedule spans all of them.")
     steps_per_epoch: Positive | Literal["auto"] = Field(
         19_073, description="Steps in an epoch; auto takes what one pass over the training shards gives."
     )
@@ -165,6 +180,13 @@ class TrainConfig(Settings):
         None,
         description="Weights to start from in place of fresh ones: a checkpoint's path or URL, or a folder as transformers "
         "have it; a run that has checkpoints goes on from those.",
+    )
+    # KellerJordan/Muon, README; the first Muon entry of modded-nanogpt's optimization track has the same (lr .02, wd .01)
+    muon_lr: float = Field(0.02, gt=0, description="Muon's learning rate after the warmup; min_lr / max_lr of it last.")
+    muon_momentum: Decay = Field(0.95, description="Muon's decay of the momentum.")
+    muon_weight_decay: float = Field(0.01, ge=0, description="Muon's weight decay.")
+    muon_qkv: Literal["whole", "split"] = Field(
+        "whole", description="How Muon takes the matrix of queries, keys and values: as one, or as three."
     )
     weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay, on matrices and embeddings only.")
     beta1: Decay = Field(0.9, description="AdamW decay of the first moment.")
@@ -216,6 +238,27 @@ class TrainConfig(Settings):
         if self.min_lr > self.max_lr:
             raise ValueError(f"min_lr {self.min_lr} is above max_lr {self.max_lr}")
         return self
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> TrainConfig:
+        if self.optimizer != "muon":
+            self._refuse_changed(
+                "optimizer muon", [name for name in type(self).model_fields if name.startswith("muon_")]
+            )
+        if self.lr_schedule != "wsd":
+            self._refuse_changed("lr_schedule wsd", ["decay_epochs"])
+        elif self.decay_epochs > self.num_epochs:
+            raise ValueError(f"decay_epochs {self.decay_epochs} is more than num_epochs {self.num_epochs}")
+        return self
+
+    def _refuse_changed(self, only_for: str, names: list[str]) -> None:
+        for name in names:
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} {value} is for {only_for} only: give --{only_for}, or leave out --{name}")
+
+    def is_before_decay(self, epochs: float) -> bool:
+        """Whether no learning rate of the first so many epochs depends on how long the run is."""
+        return self.lr_schedule == "wsd" and epochs <= self.num_epochs - self.decay_epochs
 
 
 class EvalConfig(Settings):
@@ -422,8 +465,11 @@ class RunConfig(Settings):
         )
 
     def checkpoint_bytes(self) -> int:
-        """Size of one checkpoint: fp32 weights and AdamW's two moments."""
-        return 3 * 4 * self.model.num_parameters()
+        """Size of one checkpoint: fp32 weights and AdamW's two moments, or the one that Muon has of a matrix."""
+        moments = 2 * self.model.num_parameters()
+        if self.train.optimizer == "muon":
+            moments -= self.model.num_block_weights()
+        return 4 * (self.model.num_parameters() + moments)
 
 
 def _multiples_near(value: int, unit: int) -> str:

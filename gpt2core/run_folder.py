@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
-from gpt2core.config import RunConfig, differences
+from gpt2core.checkpoint_folder import LATEST, CheckpointFolder
+from gpt2core.config import RunConfig, TrainConfig, differences
 from gpt2core.flags import read_config
 from gpt2core.storage import file_sizes, join, read_json_lines, write_text
 
@@ -43,17 +45,19 @@ class RunFolder:
         elsewhere = config.train.checkpoint_dir if config else None
         return join(elsewhere, self.path.name) if elsewhere else str(self.path / "checkpoints")
 
-    def claim(self, config: RunConfig, force: bool = False) -> None:
-        """Writes config.json, after a check that it does not contradict the run that lies here.
+    def claim(self, config: RunConfig, force: bool = False, epochs_done: float | None = None) -> None:
+        """Writes config.json, after a check that it does not contradict the run that lies here, `epochs_done` of which
+        are done, by default those of its latest checkpoint.
 
-        Raises ValueError, naming each difference, when a setting that shapes the run has changed and not `force`.
+        Raises ValueError, naming each difference, when a setting that shapes the run has changed and not `force`. The
+        length of a run that is before its decay may change.
         """
         if (
             self.config_file.exists()
             and any(name.endswith(".pt") for name in file_sizes(self.checkpoints))
             and not force
         ):
-            changed = differences(read_config(self.config_file), config)
+            changed = differences(self._begun(config.train, epochs_done), config)
             if changed:
                 raise ValueError(
                     f"{self.path} holds a run with other settings ({'; '.join(changed)}): "
@@ -61,6 +65,23 @@ class RunFolder:
                 )
         if not self.config_file.exists() or self.config_file.read_text(encoding="utf-8") != _to_json(config):
             write_text(self.config_file, _to_json(config))
+
+    def was_claimed_for(self, optimizer: str) -> bool:
+        """Whether config.json is there and names this optimizer."""
+        return self.config_file.exists() and read_config(self.config_file).train.optimizer == optimizer
+
+    def _begun(self, wanted: TrainConfig, epochs_done: float | None) -> RunConfig:
+        """The configuration in config.json, with the wanted length where that changes nothing of what is done."""
+        begun = read_config(self.config_file)
+        if begun.train.lr_schedule != "wsd":
+            return begun
+        if epochs_done is None:
+            latest = CheckpointFolder(self.checkpoints).find(LATEST)
+            epochs_done = latest.sidecar.epochs_done if latest else math.inf
+        if not (begun.train.is_before_decay(epochs_done) and wanted.is_before_decay(epochs_done)):
+            return begun
+        end = {name: getattr(wanted, name) for name in ("num_epochs", "decay_epochs", "min_lr")}
+        return begun.model_copy(update={"train": begun.train.model_copy(update=end)})
 
     def metrics(self) -> list[dict[str, Any]]:
         """All that was logged, in order; a last line that a crash cut short is left out."""

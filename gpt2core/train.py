@@ -29,7 +29,7 @@ from gpt2core.processes import Process
 from gpt2core.run_checkpoint import load_at
 from gpt2core.run_folder import RunFolder
 from gpt2core.storage import exists
-from gpt2core.trainer import Trainer
+from gpt2core.trainer import Trainer, optimizer_of
 from gpt2core.watchdog import STACKS_SIGNAL, end_orphans
 
 STDERR = 2  # the descriptor: a test may have put something else in the place of sys.stderr
@@ -153,8 +153,10 @@ def _train(
         if ranks.is_main:  # now, for what comes next may fail; log.txt gets it when it is open
             tell(warnings[-1])
 
-    origin = restore(trainer, checkpoints, resume, warn, accept_changed_data)
-    ranks.on_main(lambda: folder.claim(config, force))
+    # a forced start under the pipeline has written config.json already, and is not forced again at each resume
+    (new_optimizer, *_) = ranks.gather(force or folder.was_claimed_for(config.train.optimizer))
+    origin = restore(trainer, checkpoints, resume, warn, accept_changed_data, new_optimizer)
+    ranks.on_main(lambda: folder.claim(config, force, trainer.step / trainer.steps_per_epoch))
     log = saver = None
     if ranks.is_main:
         log = MetricsLog(folder, resume_at=trainer.step, use_tensorboard=config.train.use_tensorboard)
@@ -166,6 +168,7 @@ def _train(
             trainer.describe_batch(),
             f"device: {describe(ranks)}",
             f"kernels: {trainer.kernels.note}",
+            trainer.optimizer.describe(),
             origin,
         ]:
             log.say(line)
@@ -223,6 +226,7 @@ def restore(
     resume: str | None,
     warn: Callable[[str], None],
     accept_changed_data: bool = False,
+    accept_new_optimizer: bool = False,
 ) -> str:
     """Loads what --resume names into the trainer and says, in one line, where training starts."""
     state: dict[str, Any] | None = None
@@ -242,11 +246,13 @@ def restore(
         state, where = load(path, named.sidecar if named else None), path
     if state is None:
         return f"{start(trainer)}, {trainer.max_steps} steps to do"
-    trainer.load_state_dict(state, where, accept_changed_data)
+    trainer.load_state_dict(state, where, accept_changed_data, accept_new_optimizer)
     origin = f"resumed from {where} at step {trainer.step} of {trainer.max_steps}"
     before, now = state["data"]["fingerprint"], trainer.loader.sequences.fingerprint
     if before != now:
         origin += f"; WARNING: on other data than before, as accepted: fingerprint {before[:12]} -> {now[:12]}"
+    if optimizer_of(state) != trainer.config.train.optimizer:
+        origin += f"; WARNING: with another optimizer than before, as forced: {optimizer_of(state)} -> {trainer.config.train.optimizer}, moments from zero"
     return origin
 
 

@@ -66,7 +66,7 @@ class Trainer:
         self.raw_model = GPT(config.model, dtype, self.kernels)
         self.raw_model.init_weights(torch.Generator().manual_seed(train.seed))
         self.raw_model.to(ranks.device)
-        self.optimizer = build_optimizer(self.raw_model, train)
+        self.optimizer = build_optimizer(self.raw_model, train, ranks.rank, ranks.world_size)
         compiled: nn.Module = self.raw_model
         if use_compile(train, ranks.device):
             compiled = torch.compile(self.raw_model, dynamic=False)  # type: ignore[assignment]
@@ -174,7 +174,7 @@ class Trainer:
         train = self.config.train
         lr = learning_rate(self.step, self.max_steps, train)
         set_learning_rate(self.optimizer, lr)
-        self.optimizer.zero_grad(set_to_none=True)  # not after the update: histograms look at them between steps
+        self.optimizer.zero_grad()  # not after the update: histograms look at them between steps
         loss = torch.zeros((), device=self.ranks.device)
         for micro_step in range(self.accum_steps):
             inputs, targets = self.loader.next_batch()  # each (B, T)
@@ -188,14 +188,9 @@ class Trainer:
         return StepResult(loss, grad_norm, lr)
 
     def _update(self, grad_norm: Tensor) -> None:
-        """Applies the gradients, unless one is not finite: then the fused kernel leaves weights and moments alone.
-
-        The decision is taken on the device (`found_inf` is the hook that GradScaler uses), so the host need not wait.
-        """
+        """Applies the gradients, unless one is not finite. The decision is taken on the device, so the host need not wait."""
         is_bad = (~grad_norm.isfinite()).float()
-        self.optimizer.found_inf = is_bad  # type: ignore[attr-defined]
-        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-        self.optimizer.step()
+        self.optimizer.step(is_bad)
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * is_bad
 
     # --- measuring ---
@@ -303,22 +298,41 @@ class Trainer:
         check_same_model(where, state["config"]["model"], self.config.model.model_dump())
         self.raw_model.load_state_dict(state["model"])
 
-    def load_state_dict(self, state: dict[str, Any], where: object, accept_changed_data: bool = False) -> None:
-        """Goes on from a saved state. Raises ValueError, saying what differs, when it is of another model or data."""
+    def load_state_dict(
+        self,
+        state: dict[str, Any],
+        where: object,
+        accept_changed_data: bool = False,
+        accept_new_optimizer: bool = False,
+    ) -> None:
+        """Goes on from a saved state. Raises ValueError, saying what differs, when it is of another model, data or
+        optimizer; one that is accepted begins with moments of zero."""
         if "optimizer" not in state:
             raise ValueError(
                 f"{where} holds weights alone, imported from {state.get('imported_from')}, and nothing to resume: "
                 f"start another run from them with --init_from and its path"
             )
+        before, now = optimizer_of(state), self.config.train.optimizer
+        if before != now and not accept_new_optimizer:
+            raise ValueError(
+                f"{where} was trained with optimizer {before}, and {now} is asked for: give --optimizer {before}, "
+                f"or --force to go on with {now}, whose moments then start from zero"
+            )
         self.load_weights(state, where)
         self.loader.load_state_dict(state["data"], accept_changed_data)
-        self.optimizer.load_state_dict(state["optimizer"])
+        if before == now:
+            self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.train_seconds = state["train_seconds"]
         self.train_loss, self.val_loss = state["train_loss"], state["val_loss"]
         self.best_val_loss = state["best_val_loss"]
         if self.ranks.rank < len(state["rng"]):  # a rank that was not there before keeps the seeds it started with
             set_rng_state(state["rng"][self.ranks.rank], self.ranks.device)
+
+
+def optimizer_of(state: dict[str, Any]) -> str:
+    """The optimizer that a saved state was trained with; older ones do not say."""
+    return str(state["config"]["train"].get("optimizer", "adamw"))
 
 
 def steps_per_epoch(config: RunConfig, sequences: Sequences) -> int:

@@ -92,6 +92,14 @@ def test_a_configuration_cannot_be_changed():
         (TrainConfig, {"warmup_steps": -1}),
         (TrainConfig, {"steps_per_epoch": 0}),
         (TrainConfig, {"shuffle": "tokens"}),
+        (TrainConfig, {"optimizer": "lion"}),
+        (TrainConfig, {"lr_schedule": "linear"}),
+        (TrainConfig, {"muon_lr": 0.05}),
+        (TrainConfig, {"muon_qkv": "split", "lr_schedule": "wsd"}),
+        (TrainConfig, {"muon_momentum": 1.0, "optimizer": "muon"}),
+        (TrainConfig, {"decay_epochs": 0.5}),
+        (TrainConfig, {"decay_epochs": 0.0, "lr_schedule": "wsd"}),
+        (TrainConfig, {"decay_epochs": 6.0, "lr_schedule": "wsd"}),
         (DataConfig, {"shard_size": 10}),
         (DataConfig, {"text_column": ""}),
         (LaunchConfig, {"nproc_per_node": 0}),
@@ -110,6 +118,14 @@ def test_values_out_of_bounds_are_refused(group, bad):
     sentence = first_error(caught.value)
     assert "\n" not in sentence
     assert next(iter(bad)) in sentence
+
+
+def test_a_setting_that_would_do_nothing_is_refused_with_both_ways_out():
+    with pytest.raises(ValidationError) as caught:
+        TrainConfig(muon_lr=0.05)
+    assert first_error(caught.value) == (
+        "muon_lr 0.05 is for optimizer muon only: give --optimizer muon, or leave out --muon_lr"
+    )
 
 
 @pytest.mark.parametrize(

@@ -87,3 +87,39 @@ def test_no_warmup_begins_at_the_top():
 def test_a_run_shorter_than_its_warmup_has_a_rate_at_every_step():
     train = TrainConfig(warmup_steps=10)
     assert [learning_rate(step, 5, train) for step in range(5)] == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4, 5e-4])
+
+
+def test_the_stable_schedule_at_its_corners():
+    train = TrainConfig(lr_schedule="wsd", warmup_steps=10, num_epochs=4, decay_epochs=1.0)
+    rates = [learning_rate(step, 100, train) for step in range(101)]
+    assert rates[0] == pytest.approx(1e-4) and rates[9] == 1e-3
+    assert set(rates[10:76]) == {1e-3}  # the decay begins at its top
+    assert all(high > low for high, low in itertools.pairwise(rates[75:]))
+    assert rates[75 + 9] == pytest.approx(1e-4 + 9e-4 * (1 - math.sqrt(9 / 25)))
+    assert rates[99] == pytest.approx(1e-4 + 9e-4 * (1 - math.sqrt(24 / 25)))
+    assert rates[100] == learning_rate(1000, 100, train) == 1e-4
+
+
+def test_a_longer_stable_schedule_has_the_same_beginning():
+    short, long = (TrainConfig(lr_schedule="wsd", warmup_steps=10, num_epochs=epochs) for epochs in (4, 9))
+    assert short.is_before_decay(3) and not short.is_before_decay(3.01) and long.is_before_decay(8)
+    assert [learning_rate(step, 100, short) for step in range(75)] == [
+        learning_rate(step, 225, long) for step in range(75)
+    ]
+    assert not TrainConfig(num_epochs=4).is_before_decay(0)  # every rate of a cosine depends on its length
+
+
+def test_a_stable_schedule_whose_warmup_reaches_into_the_decay_goes_up_and_then_down():
+    train = TrainConfig(lr_schedule="wsd", warmup_steps=10, num_epochs=1, decay_epochs=1.0)
+    rates = [learning_rate(step, 20, train) for step in range(21)]
+    assert rates[9] == rates[10] == max(rates) == 1e-3
+    assert all(high > low for high, low in itertools.pairwise(rates[10:]))
+
+
+@pytest.mark.parametrize(("decay_epochs", "steps"), [(0.5, 12), (0.3, 8), (0.01, 0), (2.0, 50)])
+def test_the_decay_may_be_a_part_of_an_epoch(decay_epochs, steps):
+    """To the next whole step; none is a drop at the end."""
+    train = TrainConfig(lr_schedule="wsd", warmup_steps=10, num_epochs=4, decay_epochs=decay_epochs)
+    stable = [step for step in range(10, 100) if learning_rate(step, 100, train) == train.max_lr]
+    assert stable == list(range(10, min(100, 100 - steps + 1)))
+    assert learning_rate(100, 100, train) == train.min_lr

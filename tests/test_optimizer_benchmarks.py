@@ -1,0 +1,68 @@
+"""The optimizers' benchmarks run: a tiny size on the CPU, so that they do not rot."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import DEADLINE_S, REPOSITORY
+
+from gpt2core.flags import TRY_AGAIN
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_optimizers_beside_each_other(lab: Any, tmp_path: Path) -> None:
+    """In two calls, the first of which has no time: what the tables say is what the runs logged."""
+    options = f"--folder {tmp_path} --steps 4 --seeds 1 --adamw_lrs 1e-3 3e-3 --muon_lrs 0.02 --muon_max_lrs 3e-3"
+    flags = f"--data_dir {lab.data_dir} --context_length 8 --num_layers 1 --embd_size 16 --num_heads 1 --device cpu"
+    flags += " --total_batch_size 64 --mini_batch_size 8 --warmup_steps 1 --eval_freq 1 --val_tokens 64"
+    command = [sys.executable, "tests/benchmarks/optimizers.py", *options.split(), *flags.split()]
+
+    def call(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *more], cwd=REPOSITORY, env=lab.environment(), capture_output=True, text=True, timeout=DEADLINE_S
+        )
+
+    assert call("--seconds", "0.01").returncode == TRY_AGAIN
+    done = call()
+    assert done.returncode == 0, done.stderr
+    finals = {
+        name: lab.logged(tmp_path / f"{name}_seed1", "val_loss")[4]
+        for name in ("adamw_0.001", "adamw_0.003", "muon_0.02_0.003_whole")
+    }
+    tables = (tmp_path / "optimizers.md").read_text()
+    assert tables in done.stdout
+    for label, loss in zip(
+        ("AdamW 0.001", "AdamW 0.003", "Muon 0.02 (AdamW 0.003, qkv whole)"), finals.values(), strict=True
+    ):
+        assert f"| {label} | 1 | {loss:.4f} |" in tables
+    best, muon = min(list(finals.values())[:2]), finals["muon_0.02_0.003_whole"]
+    assert f"| 1 | {best:.4f} | {muon:.4f} | 4 |" in tables
+    reached = [
+        step for step, loss in lab.logged(tmp_path / "muon_0.02_0.003_whole_seed1", "val_loss").items() if loss <= best
+    ]
+    assert f"| 4 | {reached[0]} | {reached[0] / 4:.2f} |" in tables if reached else "| not reached |" in tables
+    assert (tmp_path / "optimizers.png").stat().st_size > 10_000
+
+
+def test_the_cost_of_an_update(lab: Any) -> None:
+    command = [
+        sys.executable,
+        "tests/benchmarks/optimizer_step.py",
+        "--tiny",
+        "--rounds",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=lab.environment(), capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.endswith(" ms")]
+    assert [" ".join(row[:-2]) for row in rows] == ["AdamW", "Muon", "Muon, qkv split", "PyTorch's Muon"]
+    assert all(float(row[-2]) > 0 for row in rows)
