@@ -11,6 +11,7 @@ from torch import Tensor
 from gpt2core import heartbeat
 from gpt2core.distributed import Ranks
 from gpt2core.loader import Sequences
+from gpt2core.terminal import track
 
 # (tokens, targets) -> loss of each token, (B, T)
 TokenLosses = Callable[[Tensor, Tensor], Tensor]
@@ -30,7 +31,7 @@ def validation_loss(losses: TokenLosses, sequences: Sequences, val_tokens: int, 
         )
     means = torch.zeros(count, dtype=torch.float64)
     starts = range(0, count, batch_size)
-    for start in starts[ranks.rank :: ranks.world_size]:
+    for start in track(starts[ranks.rank :: ranks.world_size], "validation, batches"):
         numbers = np.arange(start, start + batch_size)
         inputs, targets = sequences.batch(numbers % count)  # a whole batch even at the end: one shape, one graph
         of_tokens = losses(inputs.to(ranks.device), targets.to(ranks.device))

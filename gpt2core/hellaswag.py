@@ -25,6 +25,7 @@ from gpt2core import heartbeat
 from gpt2core.config import first_error
 from gpt2core.distributed import Ranks
 from gpt2core.model import GPT
+from gpt2core.terminal import track
 from gpt2core.tokenizer import encoding
 
 HUB_TIMEOUT_S = 10.0
@@ -138,7 +139,8 @@ def evaluate_hellaswag(model: GPT, examples: list[Example], ranks: Ranks) -> Hel
     losses = torch.zeros(2, len(candidates), dtype=torch.float64)  # summed and mean loss of each candidate
     longest_first = sorted(range(len(candidates)), key=lambda i: -len(candidates[i].tokens))
     # The batches are the same for any number of ranks, and so is each candidate's loss.
-    for batch in list(_batches(longest_first, candidates))[ranks.rank :: ranks.world_size]:
+    own = list(_batches(longest_first, candidates))[ranks.rank :: ranks.world_size]
+    for batch in track(own, "HellaSwag, batches"):
         losses[:, batch] = _ending_losses(model, [candidates[i] for i in batch], ranks.device).double().cpu()
         heartbeat.beat()
     summed, mean = ranks.sum(losses).view(2, len(examples), 4)
