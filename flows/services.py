@@ -27,6 +27,7 @@ from flows.background import Background
 from flows.units import write_units
 from gpt2core.config import RunConfig, Settings
 from gpt2core.flags import Parser, add_settings, main_guard, settings_of
+from gpt2core.ports import taken
 
 FOLDER = Path(__file__).resolve().parents[1]  # of the installation
 HOST = "127.0.0.1"
@@ -204,16 +205,12 @@ def _is_running(service: Background) -> bool:
 
 
 def _check_port(name: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            setting = "PORT" if name == "server" else "TENSORBOARD_PORT"
-            raise ValueError(
-                f"the {name} cannot listen on {HOST}:{port} ({error.strerror}): "
-                f"choose another port, such as make up {setting}={port + 1 if port < 65535 else 4200}"
-            ) from None
+    if why := taken(HOST, port):
+        setting = "PORT" if name == "server" else "TENSORBOARD_PORT"
+        raise ValueError(
+            f"the {name} cannot listen on {HOST}:{port} ({why}): "
+            f"choose another port, such as make up {setting}={port + 1 if port < 65535 else 4200}"
+        )
 
 
 def _wait_for_server(config: ServicesConfig, process: subprocess.Popen[bytes] | None = None) -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from gpt2core.board import histogram
-from gpt2core.listing import print_status
 from gpt2core.metrics import MetricsLog
 from gpt2core.run_folder import RunFolder
+from gpt2core.status import print_status
 
 
 def steps(folder: RunFolder) -> list[int]:
@@ -68,7 +68,7 @@ def test_status_shows_the_newest_step_and_takes_the_promoted_model_for_no_run(tm
     print_status(tmp_path)
     shown = capsys.readouterr().out
     row = next(line for line in shown.splitlines() if "demo" in line and "80" in line)
-    assert [cell.strip() for cell in row.strip("│").split("│")][1:3] == ["80", "80"]
+    assert [cell.strip() for cell in row.strip("│").split("│")][1:4] == ["done", "80", "80"]
     assert "unreadable" not in shown
 
 
