@@ -67,6 +67,7 @@ def services(config: ServicesConfig) -> list[Background]:
     state_dir = FOLDER / config.state_dir
     home = {name: value for name, value in os.environ.items() if name == "PREFECT_HOME"}
     client = home | {"PREFECT_API_URL": config.api_url()}
+    client["GPT2_TENSORBOARD_URL"] = f"http://{HOST}:{config.tensorboard_port}"  # which the runs' pages link to
     return [
         Background("server", server, FOLDER, state_dir, home | LEASES_ON_DISK),
         Background("tensorboard", board, FOLDER, state_dir, without=OF_THE_SERVER_ALONE),

@@ -49,14 +49,14 @@ def beside(show: Callable[[], object]) -> threading.Thread:
 class LiveProgress:
     """A progress bar in the UI, updated at a rate the server does not feel; the stage never waits for its updates."""
 
-    def __init__(self, key: str, description: str) -> None:
-        self.key, self.description = key, description
+    def __init__(self, key: str, description: str, every_s: float = SECONDS_BETWEEN_UPDATES) -> None:
+        self.key, self.description, self.every_s = key, description, every_s
         self.artifact: UUID | None = None
-        self.updated = -SECONDS_BETWEEN_UPDATES
+        self.updated = -every_s
         self._sending: threading.Thread | None = None
 
     def due(self) -> bool:
-        return time.monotonic() - self.updated >= SECONDS_BETWEEN_UPDATES and not self.is_sending()
+        return time.monotonic() - self.updated >= self.every_s and not self.is_sending()
 
     def is_sending(self) -> bool:
         return self._sending is not None and self._sending.is_alive()

@@ -9,6 +9,8 @@ from prefect.cache_policies import NO_CACHE
 
 from gpt2core.records import Promotion, Stage
 from gpt2core.run_folder import RunFolder
+from tasks.artifacts import beside
+from tasks.dashboard import show_run
 from tasks.stage_process import run_stage, worth_a_retry
 
 
@@ -24,7 +26,9 @@ def promote_best(artifacts_dir: str, run_name: str) -> Stage:
     """Promotes the run's candidate of lowest validation loss, or keeps what is best."""
     started = time.perf_counter()
     run_stage("gpt2core.promote", ["--artifacts_dir", artifacts_dir, "--run_name", run_name])
-    decision = Promotion.model_validate_json(RunFolder(artifacts_dir, run_name).promotion_file.read_text("utf-8"))
+    folder = RunFolder(artifacts_dir, run_name)
+    decision = Promotion.model_validate_json(folder.promotion_file.read_text("utf-8"))
+    beside(lambda: show_run(folder))
     return Stage(
         stage="promote best",
         duration_s=time.perf_counter() - started,
