@@ -29,7 +29,8 @@ def loss(axes: Axes, runs: Sequence[RunFolder]) -> None:
     for color, run in enumerate(runs):
         name = f"{run.path.name} " if len(runs) > 1 else ""
         _draw(axes, averaged(_logged(run, "loss")), f"{name}train", f"C{color}", alpha=0.6)
-        _draw(axes, _logged(run, "val_loss"), f"{name}validation", f"C{color}", marker="o")
+        own = f"C{color}" if len(runs) > 1 else "C1"
+        _draw(axes, _logged(run, "val_loss"), f"{name}validation", own, marker="o")
     for epoch, (low, high) in LOSS_EXPECTED.items():
         if steps := _steps_of_124m(runs, epoch):
             axes.errorbar(

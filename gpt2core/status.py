@@ -98,7 +98,6 @@ def status_of(folder: RunFolder) -> RunStatus:
     if state == "stopped" and step is not None and step == max_steps:
         state = "done"
     eta_s = measured.get("eta_s")
-    is_running = alive is not None and eta_s is not None
     num_epochs = config.train.num_epochs
     warnings, num_warnings = _warnings(folder)
     return RunStatus(
@@ -113,7 +112,7 @@ def status_of(folder: RunFolder) -> RunStatus:
         **{key: measured.get(key) for key in _MEASURED},
         best_val_loss=measured.get("best_val_loss"),
         eta_s=eta_s,
-        done_at=_in(eta_s) if is_running and eta_s is not None else None,
+        done_at=_in(eta_s) if alive and eta_s else None,
         free_bytes=shutil.disk_usage(folder.path).free,
         **_saved(folder),
         resumes=len(resumes),

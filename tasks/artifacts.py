@@ -20,7 +20,8 @@ LAST_UPDATE_S = 5.0  # longest wait for the update that ends a stage
 
 def artifact_key(kind: str, name: str) -> str:
     """A key under which the UI keeps an artifact's history: lower-case letters, digits and dashes."""
-    return f"{kind}-" + "".join(sign if sign.isascii() and sign.isalnum() else "-" for sign in name.lower())
+    dashed = "".join(sign if sign.isascii() and sign.isalnum() else "-" for sign in name.lower())
+    return f"{kind}-{dashed.strip('-')}"
 
 
 def show_resumes(folder: RunFolder) -> None:

@@ -70,10 +70,12 @@ def page(folder: RunFolder) -> str:
     from gpt2core import curves
 
     run = status_of(folder)
-    parts = [f"# {run.run_name}: {headline(run)}", markdown_table(("", ""), _facts(run))]
+    parts = [f"# {run.run_name}: {headline(run)}", markdown_table(("run", run.run_name), _facts(run))]
     for curve in (curves.loss, curves.hellaswag, curves.speed):
         inline = base64.b64encode(curves.picture(curve, [folder], dpi=DPI)).decode()
         parts.append(f"![{curve.__name__}](data:image/png;base64,{inline})")
+    stages = [(one.stage, "yes" if one.done else "no", one.note) for one in run.stages]
+    parts += ["## Stages", markdown_table(("stage", "done", "on disk"), stages)]
     if rows := epoch_rows(folder):
         parts += ["## Epochs", markdown_table(rows[0], ([cell(value) for value in row.values()] for row in rows))]
     if resumed := resumes(folder):
@@ -116,7 +118,6 @@ def _facts(run: RunStatus) -> list[tuple[str, str]]:
         if run.checkpoint_bytes is not None and run.free_bytes is not None
         else "",
         "resumes": f"{run.resumes}, {run.steps_lost} steps lost in all" if run.resumes else "",
-        **{f"stage: {stage.stage}": ("done: " if stage.done else "") + stage.note for stage in run.stages},
     }
     return [(name, value) for name, value in facts.items() if value]
 
