@@ -115,7 +115,7 @@ def up(config: ServicesConfig) -> None:
 def _tell_addresses(config: ServicesConfig, server: Background) -> None:
     print(
         f"\nPrefect UI   http://{HOST}:{config.port}        {server.remark}\n"
-        f"TensorBoard  http://{HOST}:{config.tensorboard_port}\n"
+        f"TensorBoard  http://{HOST}:{config.tensorboard_port}/#custom_scalars\n"
         f"logs         {server.state_dir}/*.log\n"
         f"from another machine: ssh -N -L {config.port}:{HOST}:{config.port} "
         f"-L {config.tensorboard_port}:{HOST}:{config.tensorboard_port} {socket.gethostname()}\n\n"

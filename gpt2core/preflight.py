@@ -83,7 +83,7 @@ def _look(config: RunConfig, world_size: int) -> Iterator[Finding]:
 def _checked(what: str, look: Callable[[], Finding | str]) -> Finding:
     try:
         found = look()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, subprocess.SubprocessError) as error:
         return Finding(what, "error", str(error), error)
     return Finding(what, "ok", found) if isinstance(found, str) else found
 

@@ -142,10 +142,11 @@ def _liveness(folder: RunFolder) -> tuple[State, str | None, float | None]:
         beat_s_ago = max(0.0, time.time() - folder.heartbeat_file.stat().st_mtime)
     trainer = heartbeat.read(folder.heartbeat_file)
     holder = lock.holder(folder.path / lock.LOCK_FILE)
-    if holder is None and trainer and trainer.host != socket.gethostname() and (beat_s_ago or SILENT_S) < SILENT_S:
-        holder = f"a trainer on {trainer.host}"  # whose locks do not show here
+    is_silent = beat_s_ago is not None and beat_s_ago > SILENT_S
+    if holder is None and trainer and trainer.host != socket.gethostname() and not is_silent:
+        holder = f"a trainer on {trainer.host}"  # whose locks may not show here
     if holder:
-        return ("silent" if (beat_s_ago or 0) > SILENT_S else "training"), holder, beat_s_ago
+        return ("silent" if is_silent else "training"), holder, beat_s_ago
     if flow := lock.holder(folder.path / lock.FLOW_LOCK_FILE):
         return "between stages", flow, beat_s_ago
     return "stopped", None, beat_s_ago
@@ -189,7 +190,7 @@ def _warnings(folder: RunFolder) -> tuple[list[str], int]:
 def _stages(folder: RunFolder, config: RunConfig, step: int | None, max_steps: int | None) -> list[StageStatus]:
     measured = evaluations(folder)
     epochs = config.train.num_epochs
-    finished = _finished_epochs(folder, epochs)
+    ends = _epoch_ends(folder, epochs)
     latest = measured[max(measured)] if measured else None
     decided = folder.promotion_file
     promotion = Promotion.model_validate_json(decided.read_text("utf-8")) if decided.exists() else None
@@ -197,14 +198,14 @@ def _stages(folder: RunFolder, config: RunConfig, step: int | None, max_steps: i
         StageStatus(stage="prepare", **_prepared(config)),
         StageStatus(
             stage="train",
-            done=finished == epochs,
-            note=f"step {step or 0:,} of {max_steps or '?':,}, {finished} of {epochs} epochs"
+            done=len(ends) == epochs,
+            note=f"step {step or 0:,} of {max_steps or '?':,}, {len(ends)} of {epochs} epochs"
             if max_steps
-            else f"step {step or 0:,}, {finished} of {epochs} epochs",
+            else f"step {step or 0:,}, {len(ends)} of {epochs} epochs",
         ),
         StageStatus(
             stage="evaluate",
-            done=len(measured) >= epochs,
+            done=len(ends) == epochs and set(ends) <= measured.keys(),
             note=f"{len(measured)} measured"
             + (f", the last {latest.checkpoint} with val_loss {latest.val_loss:.4f}" if latest else ""),
         ),
@@ -216,12 +217,14 @@ def _stages(folder: RunFolder, config: RunConfig, step: int | None, max_steps: i
     ]
 
 
-def _finished_epochs(folder: RunFolder, epochs: int) -> int:
+def _epoch_ends(folder: RunFolder, epochs: int) -> list[int]:
+    """Last steps of the epochs that are finished."""
     checkpoints = CheckpointFolder(folder.checkpoints)
     try:
-        return sum(checkpoints.find(epoch_name(epoch)) is not None for epoch in range(1, epochs + 1))
+        found = [checkpoints.find(epoch_name(epoch)) for epoch in range(1, epochs + 1)]
     except (ConnectionError, ValueError):
-        return 0
+        return []
+    return [checkpoint.sidecar.step for checkpoint in found if checkpoint]
 
 
 def _prepared(config: RunConfig) -> dict[str, Any]:
