@@ -27,6 +27,7 @@ from flows.background import Background
 from flows.units import write_units
 from gpt2core.config import RunConfig, Settings
 from gpt2core.flags import Parser, add_settings, main_guard, settings_of
+from gpt2core.ports import taken
 
 FOLDER = Path(__file__).resolve().parents[1]  # of the installation
 HOST = "127.0.0.1"
@@ -66,6 +67,7 @@ def services(config: ServicesConfig) -> list[Background]:
     state_dir = FOLDER / config.state_dir
     home = {name: value for name, value in os.environ.items() if name == "PREFECT_HOME"}
     client = home | {"PREFECT_API_URL": config.api_url()}
+    client["GPT2_TENSORBOARD_URL"] = f"http://{HOST}:{config.tensorboard_port}"  # which the runs' pages link to
     return [
         Background("server", server, FOLDER, state_dir, home | LEASES_ON_DISK),
         Background("tensorboard", board, FOLDER, state_dir, without=OF_THE_SERVER_ALONE),
@@ -113,7 +115,7 @@ def up(config: ServicesConfig) -> None:
 def _tell_addresses(config: ServicesConfig, server: Background) -> None:
     print(
         f"\nPrefect UI   http://{HOST}:{config.port}        {server.remark}\n"
-        f"TensorBoard  http://{HOST}:{config.tensorboard_port}\n"
+        f"TensorBoard  http://{HOST}:{config.tensorboard_port}/#custom_scalars\n"
         f"logs         {server.state_dir}/*.log\n"
         f"from another machine: ssh -N -L {config.port}:{HOST}:{config.port} "
         f"-L {config.tensorboard_port}:{HOST}:{config.tensorboard_port} {socket.gethostname()}\n\n"
@@ -204,16 +206,12 @@ def _is_running(service: Background) -> bool:
 
 
 def _check_port(name: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            setting = "PORT" if name == "server" else "TENSORBOARD_PORT"
-            raise ValueError(
-                f"the {name} cannot listen on {HOST}:{port} ({error.strerror}): "
-                f"choose another port, such as make up {setting}={port + 1 if port < 65535 else 4200}"
-            ) from None
+    if why := taken(HOST, port):
+        setting = "PORT" if name == "server" else "TENSORBOARD_PORT"
+        raise ValueError(
+            f"the {name} cannot listen on {HOST}:{port} ({why}): "
+            f"choose another port, such as make up {setting}={port + 1 if port < 65535 else 4200}"
+        )
 
 
 def _wait_for_server(config: ServicesConfig, process: subprocess.Popen[bytes] | None = None) -> None:

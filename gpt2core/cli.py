@@ -209,8 +209,9 @@ def checkpoints(argv: list[str]) -> int:
 
 
 def tensorboard(argv: list[str]) -> int:
-    import socket
     import subprocess
+
+    from gpt2core.ports import refuse_taken, tunnel
 
     parser = Parser(prog="gpt2 tensorboard", description="Show the runs' curves in TensorBoard.")
     parser.add_argument("--artifacts_dir", default=RunConfig().artifacts_dir, help="folder of the runs")
@@ -219,18 +220,82 @@ def tensorboard(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if not Path(arguments.artifacts_dir).is_dir():
         raise ValueError(f"--artifacts_dir {arguments.artifacts_dir}: there is no such folder")
-    port, host = arguments.port, socket.gethostname()
-    print(f"from another machine: ssh -N -L {port}:127.0.0.1:{port} {host}, then http://127.0.0.1:{port}", flush=True)
+    refuse_taken(arguments.host, arguments.port)
+    print(f"the curves that matter: http://{arguments.host}:{arguments.port}/#custom_scalars")
+    print(f"from another machine: {tunnel(arguments.port)}, then http://127.0.0.1:{arguments.port}", flush=True)
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", arguments.artifacts_dir]
-    return subprocess.call([*command, "--host", arguments.host, "--port", str(port)])
+    return subprocess.call([*command, "--host", arguments.host, "--port", str(arguments.port)])
 
 
 def status(argv: list[str]) -> None:
-    from gpt2core.listing import print_status
+    from gpt2core.status import find_runs, print_status, status_of
 
     parser = Parser(prog="gpt2 status", description="Show how far every run is, from files alone.")
     parser.add_argument("--artifacts_dir", default=RunConfig().artifacts_dir, help="folder of the runs")
-    print_status(Path(parser.parse_args(argv).artifacts_dir))
+    parser.add_argument("--json", action="store_true", help="a JSON object a run and line, for programs")
+    arguments = parser.parse_args(argv)
+    artifacts = Path(arguments.artifacts_dir)
+    if arguments.json:
+        for folder in find_runs(artifacts):
+            print(status_of(folder).model_dump_json(), flush=True)
+    else:
+        print_status(artifacts)
+
+
+def report(argv: list[str]) -> None:
+    from gpt2core.report import write_html
+    from gpt2core.status import find_runs
+
+    parser = Parser(prog="gpt2 report", description="Write the curves of one or more runs as one HTML file.")
+    parser.add_argument("--run_name", nargs="+", metavar="NAME", help="runs to compare; all of them without it")
+    parser.add_argument("--artifacts_dir", default=RunConfig().artifacts_dir, help="folder of the runs")
+    parser.add_argument("--to", type=Path, metavar="FILE", help="where to write it [report.html in --artifacts_dir]")
+    arguments = parser.parse_args(argv)
+    artifacts = Path(arguments.artifacts_dir)
+    there = {folder.path.name: folder for folder in find_runs(artifacts)}
+    wanted = arguments.run_name or list(there)
+    if not there or (missing := set(wanted) - there.keys()):
+        what = f"no run {sorted(missing)[0]}" if there else "no run"
+        raise ValueError(f"{artifacts} holds {what}; there are: {', '.join(there) or 'none'}")
+    file = arguments.to or artifacts / "report.html"
+    write_html([there[name] for name in wanted], file)
+    print(f"{file} compares {', '.join(wanted)}" if len(wanted) > 1 else f"{file} shows {wanted[0]}")
+
+
+def preflight(argv: list[str]) -> int:
+    from gpt2core.launch import num_processes
+    from gpt2core.preflight import examine, examine_machine
+
+    parser = Parser(prog="gpt2 preflight", description="Check what must be right before a run, and start nothing.")
+    add_settings(parser, LaunchConfig)
+    add_recipe(parser)
+    add_settings(parser, RunConfig)
+    arguments = parser.parse_args(argv)
+    config, launched = run_config(arguments), settings_of(LaunchConfig, arguments)
+    found = examine_machine(config, launched)
+    if all(finding.what != "GPUs" or finding.verdict != "error" for finding in found):
+        found += examine(config, launched.nnodes * num_processes(launched.nproc_per_node, config.train.device))
+    for finding in found:
+        print(finding)
+    errors = sum(finding.verdict == "error" for finding in found)
+    print(f"{errors} to put right before the run can start" if errors else "ready")
+    return 1 if errors else 0
+
+
+def clean(argv: list[str]) -> None:
+    from gpt2core.clean import clean as clean_runs
+
+    parser = Parser(
+        prog="gpt2 clean", description="Remove whole runs, such as those of tests; never one that is alive."
+    )
+    parser.add_argument("--run_name", nargs="+", required=True, metavar="NAME", help="runs to remove")
+    parser.add_argument("--artifacts_dir", default=RunConfig().artifacts_dir, help="folder of the runs")
+    parser.add_argument("--yes", action="store_true", help="remove them; without it, only say what would go")
+    arguments = parser.parse_args(argv)
+    for line in clean_runs(Path(arguments.artifacts_dir), arguments.run_name, arguments.yes):
+        print(line)
+    if not arguments.yes:
+        print("nothing was removed; --yes does it")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -264,6 +329,9 @@ COMMANDS = {
     "checkpoints": (checkpoints, "list a run's checkpoints, or remove old ones"),
     "tensorboard": (tensorboard, "show the curves"),
     "status": (status, "show how far every run is"),
+    "report": (report, "write the curves of one or more runs as one HTML file"),
+    "preflight": (preflight, "check what must be right before a run"),
+    "clean": (clean, "remove whole runs"),
 }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from gpt2core.board import write_evaluations
 from gpt2core.config import EvalConfig, RunConfig
 from gpt2core.distributed import Ranks
 from gpt2core.evaluation import validation_loss
@@ -21,6 +22,7 @@ from gpt2core.loader import Sequences
 from gpt2core.metrics import MetricsLog
 from gpt2core.model import GPT
 from gpt2core.records import Convention, Evaluation, HellaSwagScore
+from gpt2core.report import evaluations
 from gpt2core.run_checkpoint import NamedCheckpoint, load_named
 from gpt2core.run_folder import RunFolder
 from gpt2core.shards import cache_of, open_shards
@@ -183,16 +185,14 @@ def _hellaswag_scores(model: GPT, wanted: EvalConfig, ranks: Ranks, required: bo
 
 
 def _log(folder: RunFolder, config: RunConfig, result: Evaluation) -> None:
-    log = MetricsLog(folder, resume_at=None, use_tensorboard=config.train.use_tensorboard)
+    log = MetricsLog(folder, resume_at=None)
     values = {"val_loss": result.val_loss}
-    if result.hellaswag:
-        values |= {
-            "acc": result.hellaswag.acc,
-            "acc_norm": result.hellaswag.acc_norm,
-            "examples": result.hellaswag.examples,
-        }
+    if score := result.hellaswag:
+        values |= score.model_dump(include={"acc", "acc_norm", "acc_stderr", "acc_norm_stderr", "examples"})
     log.numbers(result.step, **values)
     log.close()
+    if config.train.use_tensorboard:
+        write_evaluations(folder.tensorboard, list(evaluations(folder).values()))
 
 
 def describe(result: Evaluation) -> str:

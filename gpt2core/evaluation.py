@@ -13,6 +13,7 @@ from torch import Tensor
 from gpt2core import heartbeat
 from gpt2core.distributed import Ranks
 from gpt2core.loader import Sequences
+from gpt2core.terminal import track
 from gpt2core.tokenizer import token_bytes
 
 # (tokens, targets) -> loss of each token, (B, T)
@@ -49,7 +50,7 @@ def validation_loss(
     sums = torch.zeros(3, count, dtype=torch.float64)  # of each sequence: nats a token, nats of text, bytes of text
     bytes_of = torch.from_numpy(token_bytes())
     starts = range(0, count, batch_size)
-    for start in starts[ranks.rank :: ranks.world_size]:
+    for start in track(starts[ranks.rank :: ranks.world_size], "validation, batches"):
         numbers = np.arange(start, start + batch_size)
         inputs, targets = sequences.batch(numbers % count)  # a whole batch even at the end: one shape, one graph
         of_tokens = losses(inputs.to(ranks.device), targets.to(ranks.device)).cpu().double()

@@ -15,6 +15,7 @@ from gpt2core.model import GPT
 from gpt2core.tokenizer import EOT, encoding
 
 PROMPT = "Hello, I'm a language model,"
+SAMPLE_PROMPTS = [PROMPT, "The capital of France is", "Photosynthesis is the process by which", "In 1969,"]  # of a run
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,13 @@ def generate_each(model: GPT, prompts: list[str], sampling: Sampling) -> list[li
     texts = [encoding().decode(row[: row.index(EOT)] if EOT in row else row) for row in drawn]
     each = iter(texts)
     return [[prompt + next(each) for _ in range(sampling.samples)] for prompt in prompts]
+
+
+def samples(model: GPT) -> list[str]:
+    """One text of each of SAMPLE_PROMPTS, with the same seed each time; of those that the context leaves room for."""
+    room = model.config.context_length
+    prompts = [prompt for prompt in SAMPLE_PROMPTS if len(encoding().encode_ordinary(prompt)) < room]
+    return [texts[0] for texts in generate_each(model, prompts, Sampling())] if prompts else []
 
 
 def stream(model: GPT, prompt: str, sampling: Sampling) -> Iterator[str]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from threading import Event
 from typing import TYPE_CHECKING, Any, Literal
 
+from gpt2core import terminal
 from gpt2core.processes import descendants, kill
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ GRACE_AFTER_FAILURE_S = 5
 # blocks, and on the CPU that took nearly half the time (tests/benchmarks/cpu_malloc.py).
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(8 << 30), "MALLOC_TOP_PAD_": str(256 << 20)}
 
+FIRST_TO_FAIL = "the first rank to fail was rank "  # begins the last that a failed torchrun says
 
 _running: set[subprocess.Popen[str]] = set()
 _stopping = Event()
@@ -201,9 +203,9 @@ def exit_on_sigterm() -> None:
 
 
 def tell(line: str) -> None:
-    """Prints a line for whoever watches; when the watcher is gone, the work goes on without one."""
+    """A line for whoever watches; when the watcher is gone, the work goes on without one."""
     try:
-        print(line + "\n", end="", flush=True)  # in one write, for threads tell things, too
+        terminal.tell(line)
     except BrokenPipeError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
@@ -252,11 +254,15 @@ def _torchrun() -> None:
 
 
 def _first_to_fail(failures: Mapping[int, Any]) -> str:
-    """The rank that the others followed; of those that ended in the same second, one that a signal killed."""
+    """The rank that the others followed, with its traceback if it left one; of those that ended in the same second, one
+    that a signal killed."""
     soonest = min(failure.timestamp for failure in failures.values())
     rank, first = min(failures.items(), key=lambda item: (item[1].timestamp > soonest + 1, item[1].exitcode >= 0))
     ended = f"was killed by {first.signal_name()}" if first.exitcode < 0 else f"ended with exit code {first.exitcode}"
-    return f"the first rank to fail was rank {rank}: it {ended}"
+    sentence = f"{FIRST_TO_FAIL}{rank}: it {ended}"
+    if isinstance(first.message, dict):  # as `record` in the rank's main wrote it
+        sentence += "\n" + str(first.message["extraInfo"]["py_callstack"]).rstrip()
+    return sentence
 
 
 if __name__ == "__main__":

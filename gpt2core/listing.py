@@ -1,21 +1,15 @@
-"""Tables for people: the checkpoints of a run, and the state of all runs, from files alone."""
+"""Tables for people, and the checkpoints of a run in them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from gpt2core.attempts import Resume, resumes
-from gpt2core.checkpoint_folder import LATEST, CheckpointFolder
-from gpt2core.flags import read_config
-from gpt2core.records import current_best
-from gpt2core.run_folder import RunFolder
+from gpt2core.checkpoint_folder import CheckpointFolder
 from gpt2core.storage import is_remote
 from gpt2core.storage import size as file_size
 
@@ -116,70 +110,3 @@ def print_disk_use(folder: CheckpointFolder) -> None:
     rows = [(tier, len(sizes), size(sum(sizes))) for tier, sizes in tiers.items()]
     together = size(folder.disk_bytes())
     show(table(f"{folder.location}: {together} stored", ("tier", "files", "size"), rows))
-
-
-def print_status(artifacts: Path) -> None:
-    """Every run under the folder: how far, how good, how fast, when saved; and the promoted model."""
-    if not artifacts.is_dir():
-        raise ValueError(f"--artifacts_dir {artifacts}: there is no such folder")
-    # a promoted model is a folder with a config.json, too
-    configs = [
-        path
-        for path in sorted(artifacts.glob("*/config.json"))
-        if (path.parent / "checkpoints").is_dir() or (path.parent / "metrics.jsonl").exists()
-    ]
-    if not configs:
-        print(f"no runs in {artifacts}")
-        return
-    rows = [_status_row(path) for path in configs]
-    columns = ("run", "step", "of", "train loss", "val loss", "acc_norm", "tokens/s", "to go", "saved", "age", "disk")
-    show(table(f"runs in {artifacts}", columns, rows))
-    for path in configs:
-        _print_resumes(path.parent.name, resumes(RunFolder(artifacts, path.parent.name)))
-    best = current_best(artifacts)
-    print(
-        f"promoted: {best.run_name} step {best.step}, val_loss {best.val_loss:.4f}" if best else "promoted: nothing yet"
-    )
-
-
-def _print_resumes(run_name: str, found: list[Resume]) -> None:
-    """How often the pipeline resumed the run, and when and why last."""
-    if found:
-        last, times = found[-1], f"{len(found)} time{'s' if len(found) > 1 else ''}"
-        print(
-            f"{run_name}: resumed {times}, {sum(resume.steps_lost for resume in found)} steps lost in all; "
-            f"last {age(last.at)} ago at step {last.step} ({last.steps_lost} lost): {last.why}"
-        )
-
-
-def _status_row(config_file: Path) -> tuple[Any, ...]:
-    folder = RunFolder(config_file.parent.parent, config_file.parent.name)
-    try:
-        train = read_config(config_file).train
-    except (ValueError, ValidationError) as error:
-        return (folder.path.name, f"unreadable: {error}", *[None] * 9)
-    in_order = sorted(folder.metrics(), key=lambda line: line["step"])  # an evaluation may come after later steps
-    latest = {name: value for line in in_order for name, value in line.items()}
-    checkpoints = CheckpointFolder(folder.checkpoints)
-    try:
-        saved, disk = checkpoints.find(LATEST), size(checkpoints.disk_bytes())
-    except (ConnectionError, ValueError):  # of remote storage; the other runs are still worth a look
-        saved, disk = None, "unreachable"
-    steps = None if train.steps_per_epoch == "auto" else train.num_epochs * train.steps_per_epoch
-    speed, step = latest.get("tokens_per_sec"), latest.get("step")
-    to_go = None
-    if steps and speed and step is not None:
-        to_go = duration((steps - step) * train.total_batch_size / speed)
-    return (
-        folder.path.name,
-        step,
-        steps,
-        number(latest.get("loss")),
-        number(latest.get("val_loss")),
-        number(latest.get("acc_norm")),
-        None if speed is None else f"{speed:,.0f}",
-        to_go,
-        saved and saved.sidecar.step,
-        saved and age(saved.sidecar.saved_at),
-        disk,
-    )

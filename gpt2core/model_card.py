@@ -9,9 +9,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from gpt2core import curves
 from gpt2core.config import RunConfig
 from gpt2core.records import CodeVersion, Evaluation, HellaSwagScore, Promotion
-from gpt2core.report import draw_curves
+from gpt2core.run_folder import RunFolder
 from gpt2core.shards import read_manifest
 from gpt2core.storage import write_text
 
@@ -20,11 +21,11 @@ HELLASWAG = "Rowan/hellaswag"
 
 
 def write_card(
-    folder: Path, decision: Promotion, evaluation: Evaluation, state: dict[str, Any], metrics: list[dict[str, Any]]
+    folder: Path, decision: Promotion, evaluation: Evaluation, state: dict[str, Any], run: RunFolder
 ) -> None:
-    """Writes README.md, and a picture of each curve that the metrics up to the model's step have."""
+    """Writes README.md, and a picture of each curve that the run has up to the model's step."""
     config = RunConfig.model_validate(state["config"])
-    curves = draw_curves(folder, metrics, evaluation.run_name)
+    pictures = _draw_curves(folder, run)
     source = _data_source(config)
     sections = [
         f"---\n{_front_matter(evaluation, source).to_yaml()}\n---",
@@ -32,7 +33,7 @@ def write_card(
         _what_it_is(config, state, source),
         "## Figures",
         _table(_figures(evaluation)),
-        *(["## Curves", *(f"![{path.stem}]({path.name})" for path in curves)] if curves else []),
+        *(["## Curves", *(f"![{path.stem}]({path.name})" for path in pictures)] if pictures else []),
         "## Use",
         _USE,
         "## Where it comes from",
@@ -53,6 +54,15 @@ print(tokenizer.decode(tokens[0]))
 
 `.` is the folder of this file, or the model's name on the hub. The vocabulary is GPT-2's own 50,257 tokens: the padding
 that training adds for speed is cut off."""
+
+
+def _draw_curves(folder: Path, run: RunFolder) -> list[Path]:
+    drawn = []
+    for curve, number in ((curves.loss, "val_loss"), (curves.hellaswag, "acc_norm")):
+        if any(number in line for line in run.metrics()):
+            drawn.append(folder / f"{curve.__name__}.png")
+            drawn[-1].write_bytes(curves.picture(curve, [run]))
+    return drawn
 
 
 def _front_matter(evaluation: Evaluation, source: str | None) -> ModelCardData:

@@ -291,14 +291,14 @@ def _builder(
     folder: RunFolder, evaluation: Evaluation, state: dict[str, Any], decision: Promotion
 ) -> Callable[[Path], None]:
     """What fills the folder of a promoted model."""
-    metrics = [line for line in folder.metrics() if line["step"] <= evaluation.step]
+    run = folder.until(evaluation.step)
 
     def build(target: Path) -> None:
         export_huggingface(state["model"], ModelConfig.model_validate(state["config"]["model"]), target)
         write_json(target / "training_config.json", state["config"])
         write_text(target / "evaluation.json", evaluation.model_dump_json(indent=2) + "\n")
-        write_text(target / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
-        write_card(target, decision, evaluation, state, metrics)
+        write_text(target / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in run.metrics()))
+        write_card(target, decision, evaluation, state, run)
 
     return build
 

@@ -1,22 +1,22 @@
-"""The end of a run in one look: a table of its epochs, and its loss curves as a picture."""
+"""A run in one look: a table of its epochs, its loss curves as a picture, and an HTML page that compares runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import html
 from pathlib import Path
 from typing import Any
 
 from gpt2core.checkpoint_folder import CheckpointFolder, epoch_name
 from gpt2core.records import Evaluation
 from gpt2core.run_folder import RunFolder
-from gpt2core.storage import publish
+from gpt2core.storage import publish, write_text
 
 
 def evaluations(folder: RunFolder) -> dict[int, Evaluation]:
     """The run's measurement of each step: that with its own settings, else one on other data."""
     ad_hoc_first = sorted(folder.evaluations.glob("*.json"), key=lambda path: (path.stem.count("_") == 1, path))
     found = [Evaluation.model_validate_json(path.read_text("utf-8")) for path in ad_hoc_first]
-    return {evaluation.step: evaluation for evaluation in found}
+    return {evaluation.step: evaluation for evaluation in found if evaluation.step <= folder.last_step}
 
 
 def epoch_rows(folder: RunFolder) -> list[dict[str, Any]]:
@@ -48,50 +48,56 @@ def epoch_rows(folder: RunFolder) -> list[dict[str, Any]]:
 
 def draw_losses(folder: RunFolder) -> Path:
     """Writes reports/loss.png: training and validation loss by step, and where each epoch ended."""
+    from gpt2core import curves
+
     path = folder.reports / "loss.png"
-    ends = [row["step"] for row in epoch_rows(folder)]
-    _draw(path, folder.metrics(), LOSSES, "loss (nats a token)", f"{folder.path.name}: loss", ends)
+    with publish(path) as file:
+        file.write(curves.picture(curves.loss, [folder], dpi=120))
     return path
 
 
-def draw_curves(target: Path, metrics: list[dict[str, Any]], run_name: str) -> list[Path]:
-    """Writes loss.png and hellaswag.png into the target folder, each if there are numbers for it; returns the paths."""
-    drawn = []
-    for name, series, unit in (("loss", LOSSES, "nats a token"), ("hellaswag", ACCURACIES, "share right")):
-        if any(key in line for line in metrics for key, _, _ in series):
-            drawn.append(target / f"{name}.png")
-            _draw(drawn[-1], metrics, series, f"{name} ({unit})", f"{run_name}: {name}")
-    return drawn
+def write_html(runs: list[RunFolder], path: Path) -> None:
+    """Writes one HTML file that needs nothing beside it: the curves of the runs together, then what each came to."""
+    from gpt2core import curves
+    from gpt2core.status import details, status_of
+
+    pictures = [curves.picture(curve, runs, file_format="svg").decode() for curve in curves.ALL]
+    parts = [svg[svg.index("<svg") :] for svg in pictures]
+    for run in runs:
+        parts.append(f"<h2>{html.escape(run.path.name)}</h2>")
+        parts.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in details(status_of(run))) + "</ul>")
+        parts.append(_html_table(epoch_rows(run)))
+        parts.append(f"<pre>{html.escape(run.config_file.read_text(encoding='utf-8'))}</pre>")
+    title = html.escape(", ".join(run.path.name for run in runs))
+    write_text(path, HTML.format(title=title, body="\n".join(parts)))
 
 
-# number in metrics.jsonl, label, style
-LOSSES = [("loss", "train", "-"), ("val_loss", "validation", "o-")]
-ACCURACIES = [("acc", "acc", "o-"), ("acc_norm", "acc_norm", "o-")]
+HTML = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.4 system-ui, sans-serif; max-width: 1500px; margin: 2em auto; padding: 0 1em }}
+svg {{ width: 48%; height: auto; min-width: 420px }}
+table {{ border-collapse: collapse }}
+th, td {{ border: 1px solid #ccc; padding: 3px 8px; text-align: right }}
+pre {{ background: #f6f6f6; padding: 1em; max-height: 20em; overflow: auto }}
+</style></head><body><h1>{title}</h1>
+{body}
+</body></html>
+"""
 
 
-def _draw(
-    path: Path,
-    lines: list[dict[str, Any]],
-    series: list[tuple[str, str, str]],
-    ylabel: str,
-    title: str,
-    ends_of_epochs: Iterable[int] = (),
-) -> None:
-    import matplotlib
+def _html_table(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "<p>no epoch is finished yet</p>"
+    lines = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
+    tags = ["th", *["td"] * len(rows)]
+    shown = [
+        "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in line) for tag, line in zip(tags, lines, strict=True)
+    ]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in shown) + "</table>"
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, label, style in series:
-        points = sorted({line["step"]: line[name] for line in lines if name in line}.items())
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
-    for step in ends_of_epochs:
-        axes.axvline(step, color="gray", linewidth=0.6, linestyle=":")
-    axes.set(xlabel="step", ylabel=ylabel, title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with publish(path) as file:
-        figure.savefig(file, format="png", dpi=120)
-    pyplot.close(figure)
+def cell(value: float | None) -> str:
+    """A number as a table for people has it."""
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 1000 else f"{value:.4f}"

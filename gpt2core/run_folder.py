@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class RunFolder:
         self.starts_file = self.path / "starts.json"
         self.heartbeat_file = self.path / "heartbeat.json"
 
+        self.last_step: float = math.inf  # numbers beyond it are left out
         self._config: RunConfig | None = None
 
     @classmethod
@@ -35,6 +37,12 @@ class RunFolder:
         folder = cls(config.artifacts_dir, config.run_name)
         folder._config = config
         return folder
+
+    def until(self, step: int) -> RunFolder:
+        """The same folder as it was at this step, for who reads its numbers."""
+        earlier = copy(self)
+        earlier.last_step = step
+        return earlier
 
     @property
     def checkpoints(self) -> str:
@@ -85,7 +93,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """All that was logged, in order; a last line that a crash cut short is left out."""
-        return list(read_json_lines(self.metrics_file))
+        return [line for line in read_json_lines(self.metrics_file) if line["step"] <= self.last_step]
 
 
 def _to_json(config: RunConfig) -> str:

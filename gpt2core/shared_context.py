@@ -20,6 +20,7 @@ from gpt2core import heartbeat
 from gpt2core.config import VOCAB_SIZE
 from gpt2core.distributed import Ranks
 from gpt2core.model import GPT
+from gpt2core.terminal import track
 
 COLUMNS_PER_BATCH = 16_384
 TOKENS_PER_HEAD = 1024  # the logits are the biggest tensor here: so many tokens' at a time
@@ -46,7 +47,7 @@ def ending_losses(model: GPT, rows: list[Row], ranks: Ranks) -> Tensor:
     The ranks share the batches, which are the same for any number of them, and all get the whole result.
     """
     losses = torch.zeros(sum(len(row.endings) for row in rows), dtype=torch.float64)
-    for batch in list(_batches(rows))[ranks.rank :: ranks.world_size]:
+    for batch in track(list(_batches(rows))[ranks.rank :: ranks.world_size], "HellaSwag, batches"):
         laid_out = _Batch(batch, ranks.device)
         of_tokens = _token_losses(model, model.hidden(laid_out.tokens, laid_out), laid_out)
         losses.index_add_(0, laid_out.endings, of_tokens.cpu().double())

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
-from gpt2core import heartbeat, lock
+from gpt2core import heartbeat, lock, terminal
+from gpt2core.board import Board
 from gpt2core.checkpoint import Saver, load, load_newest
 from gpt2core.checkpoint_folder import CheckpointFolder
 from gpt2core.config import RunConfig
@@ -159,7 +161,8 @@ def _train(
     ranks.on_main(lambda: folder.claim(config, force, trainer.step / trainer.steps_per_epoch))
     log = saver = None
     if ranks.is_main:
-        log = MetricsLog(folder, resume_at=trainer.step, use_tensorboard=config.train.use_tensorboard)
+        board = Board(folder.tensorboard, config, trainer.step) if config.train.use_tensorboard else None
+        log = MetricsLog(folder, resume_at=trainer.step, board=board)
         saver = Saver(checkpoints, config.train.keep_checkpoints, log.say)
         for warning in warnings:
             log.note(warning)
@@ -187,7 +190,7 @@ def _train(
     if log:
         if trainer.step == trainer.max_steps:
             results = {"loss": trainer.train_loss, "val_loss": trainer.val_loss, "best_val_loss": trainer.best_val_loss}
-            log.hyperparameters(config, {name: value for name, value in results.items() if value is not None})
+            log.finish(trainer.step, {name: value for name, value in results.items() if value is not None})
         log.say(f"at step {trainer.step} of {trainer.max_steps}")
         log.close()
     trainer.loader.close()
@@ -286,6 +289,7 @@ def describe(ranks: Ranks) -> str:
 def _end_at_once(code: str | int | None) -> NoReturn:
     """Ends a rank that failed without the interpreter's clean-up, in which the threads of gloo abort some processes: the
     launcher would read SIGABRT in place of the code that says whether to try again."""
+    terminal.close()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 1)
@@ -293,7 +297,7 @@ def _end_at_once(code: str | int | None) -> NoReturn:
 
 if __name__ == "__main__":
     try:
-        main_guard(main)
+        record(lambda: main_guard(main))()  # what is no sentence goes to the launcher with its traceback
     except SystemExit as end:
         if end.code and "WORLD_SIZE" in os.environ:
             _end_at_once(end.code)

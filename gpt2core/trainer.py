@@ -6,6 +6,7 @@ import contextlib
 import math
 import random
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from gpt2core.code_version import code_version
 from gpt2core.config import EvalConfig, RunConfig
 from gpt2core.distributed import Ranks, StopRequest, no_sync, pick_dtype, use_compile
 from gpt2core.evaluation import validation_loss
-from gpt2core.generate import generate
+from gpt2core.generate import samples
 from gpt2core.hellaswag import Questions, evaluate_hellaswag, load_hellaswag
 from gpt2core.kernels import pick_kernels
 from gpt2core.launch import tell
@@ -33,6 +34,7 @@ from gpt2core.model import GPT
 from gpt2core.optim import build_optimizer, learning_rate, set_learning_rate
 from gpt2core.shards import SPLITS, cache_of, keep_here, open_shards
 
+MEASUREMENTS_FOR_PACE = 500  # logged steps over which the time to go is reckoned: two rounds of evaluations by default
 MAX_SKIPPED_IN_A_ROW = 10  # updates with a non-finite gradient before the run gives up
 
 
@@ -91,6 +93,7 @@ class Trainer:
         self.peak_flops = peak_flops(ranks.device)
         self.step = 0
         self.logged_wait_s = 0.0
+        self.paces: deque[tuple[int, float]] = deque(maxlen=MEASUREMENTS_FOR_PACE)  # (step, time) as logged
         self.saved_at = time.perf_counter()  # of this rank's clock
         self.train_seconds = 0.0
         self.train_loss: float | None = None
@@ -135,13 +138,15 @@ class Trainer:
             if self.is_due(train.hellaswag_freq):
                 self.evaluate_hellaswag(log)
             if log and self.is_due(train.sample_freq):
-                log.sample(self.step, generate(self.raw_model)[0])
+                log.samples(self.step, samples(self.raw_model))
             if log and self.is_due(train.histogram_freq):
                 log.histograms(self.step, self.raw_model)
             overdue = overdue or is_save_due
             # while updates are left out nothing changes, so that a save can wait; what has a name of its own cannot
             if last or at_end_of_epoch or best or (overdue and not self.skipped):
                 overdue = False
+                if log:
+                    log.flush()
                 self.save(saver, at_end_of_epoch=at_end_of_epoch, best=best)
             since += time.perf_counter() - aside  # what is done beside training is not the training step's time
         self.finish_saving(saver)
@@ -209,6 +214,7 @@ class Trainer:
                 "tokens_per_sec": steps * self.config.train.total_batch_size / seconds,
                 "step_ms": 1000 * seconds / steps,
                 "data_wait_ms": 1000 * (self.loader.wait_s - self.logged_wait_s) / steps,
+                **self.progress(),
             }
             if self.ranks.device.type == "cuda":
                 values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -224,6 +230,14 @@ class Trainer:
                 f"step {self.step}: {skipped} updates in a row had gradients that are not finite, and none was applied; "
                 f"what was saved before is good: resume it, or start afresh where there is nothing yet, with a lower --max_lr"
             )
+
+    def progress(self) -> dict[str, float]:
+        """How many steps the run has, and the seconds to its end at the pace of late, evaluations and all."""
+        self.paces.append((self.step, time.perf_counter()))
+        (first, began), (last, now) = self.paces[0], self.paces[-1]
+        if first == last:
+            return {"max_steps": self.max_steps}
+        return {"max_steps": self.max_steps, "eta_s": (self.max_steps - last) * (now - began) / (last - first)}
 
     def validate(self, log: MetricsLog | None) -> bool:
         """Measures the validation loss; True when it is the run's best so far."""
@@ -250,7 +264,13 @@ class Trainer:
         if log:
             seconds = self.now() - began
             log.numbers(
-                self.step, acc=result.acc, acc_norm=result.acc_norm, examples=result.examples, hellaswag_s=seconds
+                self.step,
+                acc=result.acc,
+                acc_norm=result.acc_norm,
+                acc_stderr=result.acc_stderr,
+                acc_norm_stderr=result.acc_norm_stderr,
+                examples=result.examples,
+                hellaswag_s=seconds,
             )
 
     # --- state ---

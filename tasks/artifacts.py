@@ -20,7 +20,8 @@ LAST_UPDATE_S = 5.0  # longest wait for the update that ends a stage
 
 def artifact_key(kind: str, name: str) -> str:
     """A key under which the UI keeps an artifact's history: lower-case letters, digits and dashes."""
-    return f"{kind}-" + "".join(sign if sign.isascii() and sign.isalnum() else "-" for sign in name.lower())
+    dashed = "".join(sign if sign.isascii() and sign.isalnum() else "-" for sign in name.lower())
+    return f"{kind}-{dashed.strip('-')}"
 
 
 def show_resumes(folder: RunFolder) -> None:
@@ -49,14 +50,14 @@ def beside(show: Callable[[], object]) -> threading.Thread:
 class LiveProgress:
     """A progress bar in the UI, updated at a rate the server does not feel; the stage never waits for its updates."""
 
-    def __init__(self, key: str, description: str) -> None:
-        self.key, self.description = key, description
+    def __init__(self, key: str, description: str, every_s: float = SECONDS_BETWEEN_UPDATES) -> None:
+        self.key, self.description, self.every_s = key, description, every_s
         self.artifact: UUID | None = None
-        self.updated = -SECONDS_BETWEEN_UPDATES
+        self.updated = -every_s
         self._sending: threading.Thread | None = None
 
     def due(self) -> bool:
-        return time.monotonic() - self.updated >= SECONDS_BETWEEN_UPDATES and not self.is_sending()
+        return time.monotonic() - self.updated >= self.every_s and not self.is_sending()
 
     def is_sending(self) -> bool:
         return self._sending is not None and self._sending.is_alive()

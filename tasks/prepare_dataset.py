@@ -38,7 +38,7 @@ def tokenize_file(data: DataConfig, url: str) -> SourceRecord:
     die_with_the_flow()
     bar = LiveProgress(artifact_key("tokenize", url[-80:]), f"tokenize {url}")
 
-    def look() -> None:
+    def look(line: str) -> None:
         if bar.due() and (seen := read_progress(data, url)):
             bar.show(100 * seen.fraction, f"{url}: {seen.tokens:,} tokens, {seen.tokens_per_sec:,.0f} tokens/s")
 

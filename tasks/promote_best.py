@@ -11,6 +11,8 @@ from gpt2core.config import PromotionConfig
 from gpt2core.flags import as_flags
 from gpt2core.records import Promotion, Stage
 from gpt2core.run_folder import RunFolder
+from tasks.artifacts import beside
+from tasks.dashboard import show_run
 from tasks.stage_process import run_stage, worth_a_retry
 
 
@@ -29,8 +31,10 @@ def promote_best(
     started = time.perf_counter()
     arguments = ["--artifacts_dir", artifacts_dir, "--run_name", run_name, *as_flags(promotion)]
     run_stage("gpt2core.promote", [*arguments, "--force"] if force else arguments)
-    decision = Promotion.model_validate_json(RunFolder(artifacts_dir, run_name).promotion_file.read_text("utf-8"))
+    folder = RunFolder(artifacts_dir, run_name)
+    decision = Promotion.model_validate_json(folder.promotion_file.read_text("utf-8"))
     score = decision.candidate.hellaswag
+    beside(lambda: show_run(folder))
     return Stage(
         stage="promote best",
         duration_s=time.perf_counter() - started,

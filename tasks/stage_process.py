@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import re
 import signal
@@ -19,6 +20,7 @@ SECONDS_BETWEEN_STEP_LINES = 5.0  # of the lines that every step writes; all oth
 TIMESTAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # the log has its own
 STEP_LINE = re.compile(r" step=\d+ loss=")
 TAIL_LINES = 12
+TRACEBACK_LINES = 60
 # as gpt2core.flags.main_guard and its Parser print what trying again would not help
 REFUSAL = re.compile(r"^python -m [\w.]+: error: (.*)")
 
@@ -72,10 +74,10 @@ def run_stage(
     arguments: list[str],
     nproc: int = 1,
     torchrun_flags: Sequence[str] = (),
-    look: Callable[[], None] | None = None,
+    look: Callable[[str], None] | None = None,
     watchdog: Watchdog | None = None,
 ) -> None:
-    """Runs `python -m module arguments`, under torchrun when there are flags for it; `look` is called after each line.
+    """Runs `python -m module arguments`, under torchrun when there are flags for it; `look` is called with each line.
 
     Raises StageRefusedError or StageError when it fails or the watchdog kills it. Whatever ends this task (a cancel, too) first lets the process save and end.
     """
@@ -83,21 +85,26 @@ def run_stage(
     tail: list[str] = []
     last_step_line = 0.0
     refusal: str | None = None
+    has_failed = False
 
     def on_line(line: str) -> None:
-        nonlocal last_step_line, refusal
+        nonlocal last_step_line, refusal, has_failed
         if match := REFUSAL.match(line):
             refusal = match[1]
+        if line.startswith(launch.FIRST_TO_FAIL):  # from here on it is that rank's own traceback
+            has_failed = True
+            tail.clear()
         if line.strip():
             tail.append(line)
-        del tail[:-TAIL_LINES]
+        del tail[: -TRACEBACK_LINES if has_failed else -TAIL_LINES]
+        if look:
+            look(line)
         if STEP_LINE.search(line):
             if time.monotonic() - last_step_line < SECONDS_BETWEEN_STEP_LINES:
                 return
             last_step_line = time.monotonic()
-        logger.info(TIMESTAMP.sub("", line))
-        if look:
-            look()
+        level = logging.ERROR if has_failed else logging.WARNING if "WARNING" in line else logging.INFO
+        logger.log(level, TIMESTAMP.sub("", line))
 
     exit_code = launch.run(launch.python_command(module, arguments, torchrun_flags), on_line, nproc, watchdog)
     if watchdog and watchdog.hung:

@@ -15,7 +15,10 @@ from gpt2core.records import Stage
 from gpt2core.report import epoch_rows
 from gpt2core.run_folder import RunFolder
 from gpt2core.watchdog import Watchdog
+from tasks.artifacts import beside
 from tasks.attempts import UNLIMITED, recorded_attempt, worth_another_attempt
+from tasks.dashboard import Dashboard, show_run
+from tasks.epoch_progress import EpochProgress
 from tasks.stage_process import StageError, run_stage
 from tasks.waiting import wait_for_trainers
 
@@ -57,11 +60,23 @@ def train_epoch(
     wait_for_trainers(folder, [gpu for gpu in places if gpu])
     arguments = ["--config", str(folder.config_file), "--resume", "latest", "--stop_epoch", str(epoch)]
     watchdog = Watchdog(folder.heartbeat_file, recovery.hang_timeout_s, recovery.start_timeout_s)
+    progress, dashboard = EpochProgress(config.run_name, epoch, config.train.num_epochs), Dashboard(folder)
+
+    def look(line: str) -> None:
+        progress.look(line)
+        dashboard.look()
+
     with recorded_attempt(folder, recovery.max_attempts):
         torchrun_flags = launched.torchrun_flags(len(places), config.run_name)
-        run_stage("gpt2core.train", arguments, len(places), torchrun_flags, watchdog=watchdog)
+        try:
+            run_stage("gpt2core.train", arguments, len(places), torchrun_flags, look, watchdog)
+        except Exception:
+            progress.finish(failed=True)
+            raise
         if not (done := _finished(folder, epoch)):
             raise StageError(f"training ended before the end of epoch {epoch}: it was asked to stop")
+    progress.finish()
+    beside(lambda: show_run(folder))
     return _stage(folder, epoch, done, started)
 
 

@@ -1,11 +1,9 @@
-"""Stage: the run in one look, as a table and a loss curve, on disk and in the Prefect UI."""
+"""Stage: the run in one look, as a loss curve and a table of its stages on disk, and as its page in the Prefect UI."""
 
 from __future__ import annotations
 
-import base64
-
 from prefect import task
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
@@ -14,6 +12,7 @@ from gpt2core.report import draw_losses
 from gpt2core.run_folder import RunFolder
 from gpt2core.storage import read_json_lines, write_text
 from tasks.artifacts import artifact_key, show_resumes
+from tasks.dashboard import show_run
 from tasks.stage_process import worth_a_retry
 
 
@@ -40,10 +39,5 @@ def write_report(artifacts_dir: str, run_name: str, stages: list[Stage] | None =
     rows = list(read_json_lines(file))
     create_table_artifact(rows, key=artifact_key("stages", run_name), description=f"Stages of {run_name}")
     show_resumes(folder)
-    inline = base64.b64encode(picture.read_bytes()).decode()
-    create_markdown_artifact(
-        f"![loss](data:image/png;base64,{inline})",
-        key=artifact_key("loss", run_name),
-        description=f"Loss of {run_name}",
-    )
+    show_run(folder)
     return str(picture)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -29,3 +30,9 @@ def test_the_training_step_beside_its_peers() -> None:
 def test_hellaswag_beside_one_example_at_a_time() -> None:
     *_, last = run("hellaswag", "--size", "tiny", "--examples", "8", "--beside", "4").splitlines()
     assert float(last.removeprefix("ratio ")) > 0
+
+
+@pytest.mark.slow
+def test_what_watching_costs() -> None:
+    out = run("monitoring", "--tiny", "--steps", "2")
+    assert len(re.findall(r"^ *-?[\d.]+%  (?:each step|\d+ ms of|together)", out, re.MULTILINE)) == 4, out

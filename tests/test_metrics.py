@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2core.listing import print_status
-from gpt2core.metrics import MetricsLog, histogram
+from gpt2core.board import histogram
+from gpt2core.metrics import MetricsLog
 from gpt2core.run_folder import RunFolder
+from gpt2core.status import print_status
 
 
 def steps(folder: RunFolder) -> list[int]:
@@ -20,9 +21,9 @@ def steps(folder: RunFolder) -> list[int]:
 
 def test_an_evaluation_beside_a_running_trainer_loses_none_of_its_lines(tmp_path):
     folder = RunFolder(tmp_path, "run")
-    trainer = MetricsLog(folder, resume_at=0, use_tensorboard=False)
+    trainer = MetricsLog(folder, resume_at=0)
     trainer.numbers(1, loss=3.0)
-    evaluation = MetricsLog(folder, resume_at=None, use_tensorboard=False)
+    evaluation = MetricsLog(folder, resume_at=None)
     evaluation.numbers(1, val_loss=3.5)
     evaluation.close()
     trainer.numbers(2, loss=2.0)
@@ -35,7 +36,7 @@ def test_a_resume_drops_what_was_logged_beyond_its_checkpoint_and_what_was_cut_s
     folder.path.mkdir()
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
     folder.metrics_file.write_text("\n".join(lines) + '\n{"step": 4, "lo', encoding="utf-8")
-    log = MetricsLog(folder, resume_at=2, use_tensorboard=False)
+    log = MetricsLog(folder, resume_at=2)
     log.numbers(3, loss=0.5)
     log.close()
     assert [(line["step"], line["loss"]) for line in folder.metrics()] == [(1, 1.0), (2, 1.0), (3, 0.5)]
@@ -44,7 +45,7 @@ def test_a_resume_drops_what_was_logged_beyond_its_checkpoint_and_what_was_cut_s
 def test_a_run_that_starts_afresh_after_a_crash_has_step_0_once(tmp_path):
     folder = RunFolder(tmp_path, "run")
     for val_loss in (10.8, 10.9):  # the first died before its first checkpoint
-        log = MetricsLog(folder, resume_at=0, use_tensorboard=False)
+        log = MetricsLog(folder, resume_at=0)
         log.numbers(0, val_loss=val_loss)
         log.numbers(1, loss=10.0)
         log.close()
@@ -67,7 +68,7 @@ def test_status_shows_the_newest_step_and_takes_the_promoted_model_for_no_run(tm
     print_status(tmp_path)
     shown = capsys.readouterr().out
     row = next(line for line in shown.splitlines() if "demo" in line and "80" in line)
-    assert [cell.strip() for cell in row.strip("│").split("│")][1:3] == ["80", "80"]
+    assert [cell.strip() for cell in row.strip("│").split("│")][1:4] == ["done", "80", "80"]
     assert "unreadable" not in shown
 
 

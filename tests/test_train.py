@@ -17,6 +17,7 @@ from gpt2core.checkpoint import load
 from gpt2core.checkpoint_folder import CheckpointFolder
 from gpt2core.config import LaunchConfig, ModelConfig, RunConfig
 from gpt2core.flags import read_config
+from gpt2core.generate import SAMPLE_PROMPTS
 from gpt2core.model import GPT
 from gpt2core.optim import learning_rate
 from gpt2core.preflight import claim_run
@@ -406,14 +407,15 @@ def test_steps_per_epoch_auto_is_one_pass_over_the_data(
 def test_samples_and_histograms_reach_tensorboard_and_leave_the_training_alone(
     lab: Any, straight: Path, tmp_path: Path, train_here: Any
 ) -> None:
-    flags = lab.flags(tmp_path, sample_freq=2, histogram_freq=2, hellaswag_freq=0, checkpoint_freq=0)
+    flags = lab.flags(tmp_path, sample_freq=6, histogram_freq=6, hellaswag_freq=0, checkpoint_freq=0)
     train_here([*flags, "--stop_epoch", "1"])
     run = tmp_path / "tiny"
     board = EventAccumulator(str(run / "tensorboard"), size_guidance={"histograms": 0, "tensors": 0})
     board.Reload()
     assert "parameters/transformer.wte.weight" in board.Tags()["histograms"]
     assert "gradients/transformer.wte.weight" in board.Tags()["histograms"]
-    assert len(board.Tensors("sample/text_summary")) == 6
+    for number in range(1, len(SAMPLE_PROMPTS) + 1):
+        assert len(board.Tensors(f"sample/{number}/text_summary")) == 2
     assert "sample: \"Hello, I'm a language model," in (run / "logs" / "log.txt").read_text()
     expected = {step: loss for step, loss in lab.logged(straight, "loss").items() if step <= lab.steps_per_epoch}
     assert lab.logged(run, "loss") == pytest.approx(expected, abs=1e-4)

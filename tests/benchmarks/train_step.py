@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2core.board import Board
 from gpt2core.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
 from gpt2core.distributed import Ranks, pick_device, use_compile
 from gpt2core.metrics import MetricsLog
@@ -154,7 +155,8 @@ def ours(config: RunConfig, device: torch.device) -> Contender:
     """A whole run's step: data, schedule, update, logs."""
     trainer = Trainer(config, Ranks(0, 1, device))
     print(f"our kernels: {trainer.kernels.note}")
-    log = MetricsLog(RunFolder.of(config), resume_at=None, use_tensorboard=True)
+    folder = RunFolder.of(config)
+    log = MetricsLog(folder, resume_at=None, board=Board(folder.tensorboard, config, 0))
     log.say = lambda message: log.note(message)  # type: ignore[method-assign,assignment,return-value]  # not on the terminal
 
     def step() -> float:

@@ -1,0 +1,135 @@
+"""What it costs to watch a run: the same training step with logs, TensorBoard, samples and histograms, and without.
+
+    python tests/benchmarks/monitoring.py [--mini_batch_size 64]            GPT-2 124M at the default frequencies
+    python tests/benchmarks/monitoring.py --tiny --device cpu               seconds, to see that it runs
+
+One trainer makes both kinds of steps, turn by turn, so that heat and neighbours meet both. `without` reads the loss off the
+device and logs nothing. What is due every so many steps (a sample, the histograms) is timed apart, and counts with its
+share of a step. Validation, HellaSwag and checkpoints are no watching: they are not measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gpt2core.board import Board
+from gpt2core.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from gpt2core.distributed import Ranks, pick_device
+from gpt2core.generate import samples
+from gpt2core.metrics import MetricsLog
+from gpt2core.run_folder import RunFolder
+from gpt2core.shards import shard_name
+from gpt2core.trainer import Trainer
+
+TINY = ModelConfig(context_length=32, num_layers=2, embd_size=64, num_heads=2)
+
+
+class Watched:
+    """A trainer, and what watches it."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.trainer = Trainer(config, Ranks(0, 1, device))
+        folder = RunFolder.of(config)
+        self.log = MetricsLog(folder, resume_at=0, board=Board(folder.tensorboard, config, 0))
+        self.log.say = lambda message: _print_to_nowhere(self.log.note(message))  # type: ignore[method-assign,assignment]
+
+    def without(self) -> None:
+        result = self.trainer.train_step()
+        self.trainer.step += 1
+        result.loss.item()
+
+    def watched(self) -> None:
+        started = time.perf_counter()
+        result = self.trainer.train_step()
+        self.trainer.step += 1
+        self.trainer.log_step(result, self.log, self.trainer.now() - started, 1)
+
+    def sample(self) -> None:
+        self.log.samples(self.trainer.step, samples(self.trainer.raw_model))
+
+    def histograms(self) -> None:
+        self.log.histograms(self.trainer.step, self.trainer.raw_model)
+
+    def seconds(self, do: Callable[[], None]) -> float:
+        self.trainer.now()
+        started = time.perf_counter()
+        do()
+        return self.trainer.now() - started
+
+
+def _print_to_nowhere(line: str) -> None:
+    with Path(os.devnull).open("w") as nowhere:
+        print(line, file=nowhere, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--mini_batch_size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=10, help="of each kind in a round")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and batch, to see that it runs")
+    arguments = parser.parse_args()
+    device = pick_device(arguments.device)
+    torch.set_float32_matmul_precision("high")
+    model = TINY if arguments.tiny else ModelConfig()
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(2):
+            tokens = np.random.default_rng(number).integers(
+                0, 50257, 20_000 if arguments.tiny else 20_000_000, np.uint16
+            )
+            np.save(Path(folder) / shard_name(number), tokens)
+        config = RunConfig(
+            run_name="benchmark",
+            artifacts_dir=folder,
+            model=model,
+            data=DataConfig(data_dir=folder),
+            train=TrainConfig(
+                total_batch_size=8 * model.context_length if arguments.tiny else 524_288,
+                mini_batch_size=4 if arguments.tiny else arguments.mini_batch_size,
+                hellaswag_freq=0,
+            ),
+            evaluation=EvalConfig(val_tokens=model.context_length),
+        )
+        run = Watched(config, device)
+        measure(run, arguments.rounds, arguments.steps)
+        run.log.close()
+
+
+def measure(run: Watched, rounds: int, steps: int) -> None:
+    kinds = {"without": run.without, "watched": run.watched}
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    run.watched()  # which compiles and makes the moments
+    for turn in range(rounds):
+        for name in sorted(kinds, reverse=turn % 2 == 0):
+            seconds[name] += [run.seconds(kinds[name]) for _ in range(steps)]
+    sample = statistics.median(run.seconds(run.sample) for _ in range(3))
+    histograms = statistics.median(run.seconds(run.histograms) for _ in range(3))
+    train = run.trainer.config.train
+    step = {name: statistics.median(values) for name, values in seconds.items()}
+    shares = {
+        f"each step: logs and scalars, median of {len(seconds['watched'])} steps": step["watched"] - step["without"],
+        f"{1000 * sample:.0f} ms of samples every {train.sample_freq} steps": sample / train.sample_freq,
+        f"{1000 * histograms:.0f} ms of histograms every {train.histogram_freq} steps": histograms
+        / train.histogram_freq,
+    }
+    device = run.trainer.ranks.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}; a step of {train.total_batch_size:,} tokens")
+    print(f"without {1000 * step['without']:.3f} ms, watched {1000 * step['watched']:.3f} ms")
+    for what, cost in shares.items():
+        print(f"{cost / step['without']:>9.3%}  {what}")
+    print(f"{sum(shares.values()) / step['without']:>9.3%}  together")
+
+
+if __name__ == "__main__":
+    main()

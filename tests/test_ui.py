@@ -1,0 +1,110 @@
+"""The Prefect UI and TensorBoard as a person sees them, in a real browser: a pipeline in which a rank was killed.
+
+GPT2_IMAGES=docs/images pytest -m soak tests/test_ui.py       makes the pictures of the guide anew, of the demo
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import CHROMIUM, browser
+from orchestration import Orchestration, ranks
+from test_pipeline import ROOT, logged_step, tiny
+
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium"),
+]
+IMAGES = os.environ.get("GPT2_IMAGES")
+
+
+@pytest.mark.parametrize("for_the_guide", [bool(IMAGES)])
+def test_what_the_browser_shows_of_a_run(
+    orchestration: Orchestration, lab: Any, tmp_path: Path, for_the_guide: bool
+) -> None:
+    parameters, artifacts, name = {}, ROOT / "artifacts", "demo"
+    if not for_the_guide:
+        parameters, artifacts, name = tiny(tmp_path), tmp_path / "artifacts", "tiny"
+    images = ROOT / str(IMAGES) if for_the_guide else tmp_path
+    run = artifacts / name
+    run_id = orchestration.start_run("pretrain/demo", parameters)
+    ui = orchestration.url.removesuffix("/api")
+    with browser() as page:
+        orchestration.start_worker()
+        orchestration.wait_until(lambda: logged_step(run / "metrics.jsonl", 32), "step 32")
+        os.kill(ranks(run)[1], signal.SIGKILL)
+        orchestration.wait_until(lambda: progress_of(orchestration, run_id, "resumes"), "the resume to show")
+        orchestration.wait_for_state(run_id, "Completed")
+
+        shown = page.open(f"{ui}/runs/flow-run/{run_id}", "Completed", "Artifacts", "promote-best", height=760)
+        assert f"pretrain ({name})" in shown
+        page.wait_for("resuming at step")
+        page.screenshot(images / "run.png")
+
+        # the log of the first epoch: the rank that was killed, and a step line with what is left
+        page.click("Task Runs")
+        page.wait_for(f"train-epoch-00001 ({name})", f"evaluate-epoch_00002 ({name})")
+        epoch = next(one for one in tasks_of(orchestration, run_id) if one.name.startswith("train-epoch-00001"))
+        shown = page.open(f"{ui}/runs/task-run/{epoch.id}", "the first rank to fail was rank 1", "of=", height=760)
+        assert "it was killed by SIGKILL" in shown and "eta=" in shown and "resumed from" in shown
+        page.screenshot(images / "log.png")
+
+        shown = page.open(f"{ui}/artifacts", f"dashboard-{name}", f"training-{name}", f"resumes-{name}", height=620)
+        assert {f"epochs-{name}", f"stages-{name}", f"tensorboard-{name}", "promotions"} <= set(shown.split())
+        page.screenshot(images / "artifacts.png")
+
+        dashboard = progress_of(orchestration, run_id, "dashboard")
+        shown = page.open(f"{ui}/artifacts/artifact/{dashboard.id}", "Epochs", "Resumes", "TensorBoard", height=1900)
+        assert f"{name}: between stages, 100%" in shown and "was killed by SIGKILL" in shown
+        widths = page.evaluate("[...document.images].map(image => image.naturalWidth)")
+        assert [width for width in widths if width == 560] == [560] * 3, "the curves are pictures that load"
+        page.screenshot(images / "dashboard.png")
+
+        progress = progress_of(orchestration, run_id, "training")
+        shown = page.open(f"{ui}/artifacts/artifact/{progress.id}", "epoch 2 of 2", height=420)
+        assert progress.data == 100.0 and "tokens/s" in shown and "val_loss" in shown
+        page.screenshot(images / "progress.png")
+
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        words = ["tensorboard", "--artifacts_dir", str(artifacts), "--port", str(port)]
+        with lab.started(run, words, module="gpt2core.cli") as board:
+            board.wait_for(lambda: answers(port), "TensorBoard to answer")
+            page.open(f"http://127.0.0.1:{port}/#custom_scalars", "How good", "loss by step", width=1400, height=900)
+            page.wait_for("loss by tokens seen", f"{name}/tensorboard")
+            drawn = "[...document.querySelectorAll('*')].length"
+            lab.wait_until(lambda: page.evaluate(drawn) > 100, "the page to be drawn")
+            page.screenshot(images / "tensorboard.png")
+            for pid in board.children():
+                os.kill(pid, signal.SIGTERM)
+
+
+def tasks_of(orchestration: Orchestration, run_id: Any) -> Any:
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+    with orchestration.client() as client:
+        return client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run_id])))
+
+
+def progress_of(orchestration: Orchestration, run_id: Any, kind: str) -> Any:
+    """The newest artifact of this kind that the run made, None while there is none."""
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
+    from prefect.client.schemas.sorting import ArtifactSort
+
+    wanted = ArtifactFilter(
+        flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]), key=ArtifactFilterKey(like_=f"{kind}-%")
+    )
+    with orchestration.client() as client:
+        return next(iter(client.read_artifacts(artifact_filter=wanted, sort=ArtifactSort.CREATED_DESC)), None)
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
