@@ -278,7 +278,7 @@ def _load(folder: RunFolder, checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 def _origin(models: PromotedModels, candidate: Candidate, state: dict[str, Any]) -> dict[str, Any]:
     """What the record of a promotion has beside the decision."""
-    code = state.get("code")  # since format 1 of later versions; imported weights have none, and no data
+    code = state.get("code")  # older checkpoints have none, and imported weights neither that nor data
     return {
         "version": models.next_version(candidate.contender),
         "replaced": models.link.readlink().name if models.link.exists() else None,

@@ -212,6 +212,6 @@ def print_history(models: PromotedModels) -> None:
         "better by",
         "no.",
     )
-    show(table(f"{models.history_file}", columns, rows))
+    show(table(str(models.history_file), columns, rows))
     best = models.link.readlink().name if current else "nothing"
     print(f"best is {best}")

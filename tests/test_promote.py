@@ -8,13 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from servers import S3
+from servers import DEADLINE_S, S3
 
 from gpt2core import __version__, lock
 from gpt2core.checkpoint_folder import CheckpointFolder
@@ -67,14 +68,20 @@ def history(artifacts: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (artifacts / "promoted" / "history.jsonl").read_text().splitlines()]
 
 
+def without_metrics(run: Path) -> Path:
+    """Drawing their curves would take most of a promotion's time."""
+    (run / "metrics.jsonl").unlink()
+    return run
+
+
 @pytest.fixture
 def run(lab: Any, straight: Path, tmp_path: Path) -> Path:
-    return lab.copy_run(straight, tmp_path)
+    return without_metrics(lab.copy_run(straight, tmp_path))
 
 
 @pytest.fixture
 def other_run(lab: Any, straight: Path, tmp_path: Path) -> Path:
-    return lab.copy_run(straight, tmp_path, name="other")
+    return without_metrics(lab.copy_run(straight, tmp_path, name="other"))
 
 
 @pytest.mark.parametrize(
@@ -304,9 +311,10 @@ def test_without_the_rules_number_none_is_promoted_and_it_says_so(run: Path) -> 
 # --- what is promoted ------------------------------------------------------------------------------------------------
 
 
-def test_what_is_promoted_is_the_measured_model_as_transformers_loads_it(run: Path, lab: Any) -> None:
+def test_what_is_promoted_is_the_measured_model_as_transformers_loads_it(run: Path, straight: Path, lab: Any) -> None:
     import transformers
 
+    shutil.copy(straight / "metrics.jsonl", run)
     record(run, "epoch_00001", 3.5)
     promote(run.parent, "tiny")
     best = run.parent / "best"
@@ -346,10 +354,10 @@ def test_the_record_says_what_was_beaten_and_where_the_model_comes_from(run: Pat
     assert history(run.parent)[-1] == said
 
 
-def test_the_card_shows_figures_curves_and_origin(run: Path, lab: Any) -> None:
+def test_the_card_shows_figures_curves_and_origin(run: Path, straight: Path, lab: Any) -> None:
     record(run, "epoch_00002", 3.5, hellaswag=score(0.3))
-    log = run / "metrics.jsonl"
-    log.write_text(log.read_text() + '{"step": 24, "acc": 0.25, "acc_norm": 0.3}\n')
+    logged = (straight / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(logged + '{"step": 24, "acc": 0.25, "acc_norm": 0.3}\n')
     promote(run.parent, "tiny")
     best = run.parent / "best"
     card = ModelCard.load(best / "README.md")
@@ -408,8 +416,7 @@ def test_the_code_version_is_of_a_checkout_that_holds_the_package(tmp_path: Path
 
 @pytest.fixture
 def three_promoted(run: Path) -> PromotedModels:
-    """Of validation loss 3.5, 3.4 and 3.3, without curves, which take most of a promotion's time."""
-    (run / "metrics.jsonl").unlink()
+    """Of validation loss 3.5, 3.4 and 3.3."""
     for name, loss in (("epoch_00001", 3.5), ("epoch_00002", 3.4), ("epoch_00001", 3.3)):
         record(run, name, loss)
         assert promote(run.parent, "tiny").promoted
@@ -537,7 +544,6 @@ def test_killed_anywhere_the_old_or_the_new_is_best_and_the_next_puts_the_rest_r
     three_promoted: PromotedModels, other_run: Path, tmp_path: Path, action: str, new_loss: float
 ) -> None:
     before, work = three_promoted.artifacts, tmp_path.with_name(f"{tmp_path.name}_killed")
-    (other_run / "metrics.jsonl").unlink()
     record(other_run, "epoch_00002", 3.2)
     work.mkdir()
     known = history(before)
@@ -632,18 +638,18 @@ def test_a_publication_that_is_killed_leaves_the_old_one_and_is_done_by_the_next
 
 @pytest.mark.slow
 def test_a_best_checkpoint_replaced_while_it_is_read_is_not_promoted_under_the_old_measurement(
-    remote_run: Path, s3: S3, lab: Any
+    remote_run: Path, s3: S3
 ) -> None:
     record(remote_run, "best_model", 3.3)
     record(remote_run, "epoch_00001", 3.5)
     held = s3.hold("GET", "best_model.pt")
-    command = ["--artifacts_dir", str(remote_run.parent), "--run_name", "tiny"]
-    with lab.started(remote_run, command, module="gpt2core.promote") as promoter:
-        promoter.wait_for(held.reached.is_set, "best_model.pt to be read")
+    with ThreadPoolExecutor() as pool:
+        promotion = pool.submit(promote, remote_run.parent, "tiny")
+        assert held.reached.wait(DEADLINE_S)
+        newer = s3.contents("checkpoints/tiny")
         for suffix in ("pt", "json"):
-            content = s3.contents("checkpoints/tiny")[f"epoch_00001.{suffix}"]
-            s3.add(f"checkpoints/tiny/best_model.{suffix}", content)
+            s3.add(f"checkpoints/tiny/best_model.{suffix}", newer[f"epoch_00001.{suffix}"])
         held.release()
-        assert promoter.wait() == 0, promoter.output
-    best = current_best(remote_run.parent)
-    assert best and (best.step, best.val_loss) == (12, 3.5)
+        decision = promotion.result(DEADLINE_S)
+    assert decision.promoted and (decision.candidate.step, decision.candidate.val_loss) == (12, 3.5)
+    assert current_best(remote_run.parent) == decision.candidate
