@@ -98,7 +98,7 @@ def _result(dataset_name: str, dataset_type: str, metric: str, value: float) -> 
 
 def _scores(evaluation: Evaluation) -> list[HellaSwagScore]:
     """The HellaSwag results, one a convention."""
-    found = (evaluation.hellaswag, getattr(evaluation, "hellaswag_lm_eval", None))
+    found = (evaluation.hellaswag, evaluation.hellaswag_lm_eval)
     return [score for score in found if score]
 
 
@@ -127,8 +127,8 @@ def _what_it_is(config: RunConfig, state: dict[str, Any], source: str | None) ->
 
 
 def _figures(evaluation: Evaluation) -> list[tuple[str, str]]:
-    stderr = getattr(evaluation, "val_loss_stderr", None)
-    bits_per_byte = getattr(evaluation, "bits_per_byte", None)
+    stderr = evaluation.val_loss_stderr
+    bits_per_byte = evaluation.bits_per_byte
     rows = [
         ("validation loss", f"{evaluation.val_loss:.4f}{'' if stderr is None else f' ± {stderr:.4f}'} nats a token"),
         ("perplexity", f"{evaluation.perplexity:.2f}"),

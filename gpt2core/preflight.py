@@ -155,7 +155,8 @@ def _disk_space(config: RunConfig) -> Finding | str:
         f"{place} has {free / 1e9:.1f} GB free, and the run's checkpoints need {needed / 1e9:.1f} GB more ({sum_of}): "
         f"free some space or lower --keep_checkpoints"
     )
-    enough_to_go_on = latest is not None and free >= min(needed, one)
+    # training goes on without logs that cannot be written
+    enough_to_go_on = free >= (needed if latest is None else min(needed, one))
     return Finding("disk", "warning" if enough_to_go_on else "error", text)
 
 

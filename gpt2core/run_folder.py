@@ -21,6 +21,7 @@ class RunFolder:
         self.config_file = self.path / "config.json"
         self.tensorboard = self.path / "tensorboard"
         self.log_file = self.path / "logs" / "log.txt"
+        self.output_file = self.path / "logs" / "output.txt"  # all that the ranks printed under the pipeline
         self.metrics_file = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations"
         self.promotion_file = self.path / "promotion.json"  # the last decision on this run

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from prefect.logging import get_run_logger
@@ -21,6 +22,8 @@ TIMESTAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # the log has its o
 STEP_LINE = re.compile(r" step=\d+ loss=")
 TAIL_LINES = 12
 TRACEBACK_LINES = 60
+# A frame of the traceback that a rank writes because another one failed; its last line, the error, is none.
+FRAME = re.compile(r"^\[rank\d+\]:($|  |Traceback | Traceback )")
 # as gpt2core.flags.main_guard and its Parser print what trying again would not help
 REFUSAL = re.compile(r"^python -m [\w.]+: error: (.*)")
 
@@ -76,8 +79,10 @@ def run_stage(
     torchrun_flags: Sequence[str] = (),
     look: Callable[[str], None] | None = None,
     watchdog: Watchdog | None = None,
+    output_file: Path | None = None,
 ) -> None:
-    """Runs `python -m module arguments`, under torchrun when there are flags for it; `look` is called with each line.
+    """Runs `python -m module arguments`, under torchrun when there are flags for it; `look` is called with each line,
+    and all of them are appended to `output_file`: the task's log has what a person reads.
 
     Raises StageRefusedError or StageError when it fails or the watchdog kills it. Whatever ends this task (a cancel, too) first lets the process save and end.
     """
@@ -86,6 +91,7 @@ def run_stage(
     last_step_line = 0.0
     refusal: str | None = None
     has_failed = False
+    whole = _Appended(output_file)
 
     def on_line(line: str) -> None:
         nonlocal last_step_line, refusal, has_failed
@@ -94,19 +100,23 @@ def run_stage(
         if line.startswith(launch.FIRST_TO_FAIL):  # from here on it is that rank's own traceback
             has_failed = True
             tail.clear()
-        if line.strip():
+        if line.strip() and not FRAME.match(line):
             tail.append(line)
         del tail[: -TRACEBACK_LINES if has_failed else -TAIL_LINES]
+        whole.add(line)
         if look:
             look(line)
+        if has_failed or FRAME.match(line):
+            return
         if STEP_LINE.search(line):
             if time.monotonic() - last_step_line < SECONDS_BETWEEN_STEP_LINES:
                 return
             last_step_line = time.monotonic()
-        level = logging.ERROR if has_failed else logging.WARNING if "WARNING" in line else logging.INFO
-        logger.log(level, TIMESTAMP.sub("", line))
+        logger.log(logging.WARNING if "WARNING" in line else logging.INFO, TIMESTAMP.sub("", line))
 
     exit_code = launch.run(launch.python_command(module, arguments, torchrun_flags), on_line, nproc, watchdog)
+    if has_failed:
+        logger.error("\n".join(tail))
     if watchdog and watchdog.hung:
         raise StageError(f"python -m {module} made {watchdog.hung}")
     if exit_code and refusal:
@@ -116,3 +126,21 @@ def run_stage(
             f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
         )
         raise StageError(f"python -m {module} {ended}:\n" + "\n".join(tail))
+
+
+class _Appended:
+    """A file that lines are appended to. One that cannot be written is left out: the work matters more."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+
+    def add(self, line: str) -> None:
+        if self.file is None:
+            return
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as opened:
+                opened.write(line + "\n")
+        except OSError as error:
+            get_run_logger().warning(f"the output is kept no longer: {error}")
+            self.file = None

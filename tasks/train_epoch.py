@@ -69,7 +69,7 @@ def train_epoch(
     with recorded_attempt(folder, recovery.max_attempts):
         torchrun_flags = launched.torchrun_flags(len(places), config.run_name)
         try:
-            run_stage("gpt2core.train", arguments, len(places), torchrun_flags, look, watchdog)
+            run_stage("gpt2core.train", arguments, len(places), torchrun_flags, look, watchdog, folder.output_file)
         except Exception:
             progress.finish(failed=True)
             raise

@@ -44,8 +44,8 @@ class Browser:
 
     def click(self, text: str) -> None:
         """On the innermost element that says just this."""
-        found = f"[...document.querySelectorAll('a, button, [role=tab], span')].find(e => e.innerText == {json.dumps(text)})"
-        assert self.evaluate(f"({found})?.click() ?? (({found}) ? 1 : 0)") != 0, f"nothing says {text}"
+        found = f"[...document.querySelectorAll('*')].findLast(e => e.innerText?.trim() == {json.dumps(text)})"
+        self.evaluate(f"{found}.click()")
 
     def evaluate(self, expression: str) -> Any:
         return self._call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
