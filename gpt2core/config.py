@@ -500,7 +500,9 @@ RECIPES: dict[str, RunConfig] = {
             keep_checkpoints=3,
             device="cpu",
         ),
-        evaluation=EvalConfig(val_tokens=32_640, hellaswag="data/sample/hellaswag_sample.jsonl"),
+        evaluation=EvalConfig(
+            val_tokens=32_640, hellaswag="data/sample/hellaswag_sample.jsonl", hellaswag_convention="build-nanogpt"
+        ),
     ),
 }
 
