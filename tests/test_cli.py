@@ -165,7 +165,7 @@ def test_train_lists_checkpoints(tiny: Path, lab: Any, capsys: Any) -> None:
 def test_status_shows_runs_and_what_is_promoted(tiny: Path, lab: Any, capsys: Any) -> None:
     assert gpt2("status", "--artifacts_dir", tiny.parent) == 0
     shown = capsys.readouterr().out
-    (row,) = [line for line in shown.splitlines() if "tiny" in line and "24" in line]
+    (row,) = [line for line in shown.splitlines() if line.startswith("│ tiny")]
     assert f"{lab.logged(tiny, 'loss')[24]:.4f}" in row
     assert f"{lab.logged(tiny, 'val_loss')[24]:.4f}" in row
     assert "promoted: nothing yet" in shown

@@ -54,7 +54,8 @@ def test_what_the_browser_shows_of_a_run(
         assert names >= {f"train-epoch-0000{epoch} ({name})" for epoch in (1, 2)} | {f"promote-best ({name})"}
         epoch = next(one for one in tasks_of(orchestration, run_id) if one.name.startswith("train-epoch-00001"))
         killed, resumed = "the first rank to fail was rank 1: it was killed by SIGKILL", "resuming at step"
-        shown = page.open(f"{ui}/runs/task-run/{epoch.id}", killed, resumed, "of=", "eta=", height=1400)
+        shown = page.open(f"{ui}/runs/task-run/{epoch.id}", killed, resumed, "of=", "eta=", height=900)
+        page.scroll_to(killed)
         assert "[rank0]: Traceback" not in shown and "train_step" not in shown, "what follows from it is left out"
         page.screenshot(images / "log.png")
         assert "train_step" in (run / "logs" / "output.txt").read_text(), "and kept in the run's folder"
@@ -78,13 +79,11 @@ def test_what_the_browser_shows_of_a_run(
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        words = ["tensorboard", "--artifacts_dir", str(artifacts), "--port", str(port)]
+        words = ["tensorboard", "--artifacts_dir", parameters["artifacts_dir"], "--port", str(port)]
         with lab.started(run, words, module="gpt2core.cli") as board:
             board.wait_for(lambda: answers(port), "TensorBoard to answer")
-            page.open(f"http://127.0.0.1:{port}/#custom_scalars", "How good", "loss by step", width=1400, height=900)
-            page.wait_for("loss by tokens seen", f"{name}/tensorboard")
-            drawn = "[...document.querySelectorAll('*')].length"
-            lab.wait_until(lambda: page.evaluate(drawn) > 100, "the page to be drawn")
+            address = f"http://127.0.0.1:{port}/#custom_scalars"
+            page.open(address, "How good", "loss by tokens seen", f"{name}/tensorboard", width=1400)
             page.screenshot(images / "tensorboard.png")
             for pid in board.children():
                 os.kill(pid, signal.SIGTERM)
