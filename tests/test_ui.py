@@ -1,6 +1,6 @@
 """The Prefect UI and TensorBoard as a person sees them, in a real browser: a pipeline in which a rank was killed.
 
-GPT2_IMAGES=docs/images pytest -m soak tests/test_ui.py       makes the pictures of the guide anew, of the demo
+GPT2_IMAGES=docs/images pytest -m soak tests/test_ui.py       makes the pictures of the guide anew
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def test_what_the_browser_shows_of_a_run(
         orchestration.start_worker()
         orchestration.wait_until(lambda: logged_step(run / "metrics.jsonl", 12), "step 12")
         os.kill(ranks(run)[1], signal.SIGKILL)
-        orchestration.wait_until(lambda: progress_of(orchestration, run_id, "resumes"), "the resume to show")
+        orchestration.wait_until(lambda: artifact_of(orchestration, run_id, "resumes"), "the resume to show")
         orchestration.wait_for_state(run_id, "Completed")
 
         shown = page.open(f"{ui}/runs/flow-run/{run_id}", "Completed", "Artifacts", "pull step", height=760)
@@ -68,14 +68,14 @@ def test_what_the_browser_shows_of_a_run(
         assert {f"epochs-{name}", f"stages-{name}", f"tensorboard-{name}", "promotions"} <= set(shown.split())
         page.screenshot(images / "artifacts.png")
 
-        dashboard = progress_of(orchestration, run_id, "dashboard")
+        dashboard = artifact_of(orchestration, run_id, "dashboard")
         shown = page.open(f"{ui}/artifacts/artifact/{dashboard.id}", "Epochs", "Resumes", "TensorBoard", height=1900)
         assert f"{name}: between stages, 100%" in shown and "was killed by SIGKILL" in shown
         widths = page.evaluate("[...document.images].map(image => image.naturalWidth)")
         assert [width for width in widths if width == 560] == [560] * 3, "the curves are pictures that load"
         page.screenshot(images / "dashboard.png")
 
-        progress = progress_of(orchestration, run_id, "training")
+        progress = artifact_of(orchestration, run_id, "training")
         shown = page.open(f"{ui}/artifacts/artifact/{progress.id}", "epoch 2 of 2", height=420)
         assert progress.data == 100.0 and "tokens/s" in shown and "val_loss" in shown
         page.screenshot(images / "progress.png")
@@ -100,7 +100,7 @@ def tasks_of(orchestration: Orchestration, run_id: Any) -> Any:
         return client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run_id])))
 
 
-def progress_of(orchestration: Orchestration, run_id: Any, kind: str) -> Any:
+def artifact_of(orchestration: Orchestration, run_id: Any, kind: str) -> Any:
     """The newest artifact of this kind that the run made, None while there is none."""
     from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
     from prefect.client.schemas.sorting import ArtifactSort
