@@ -79,7 +79,7 @@ def find_runs(artifacts: Path) -> list[RunFolder]:
     return [  # a promoted model is a folder with a config.json, too
         RunFolder(artifacts, path.parent.name)
         for path in sorted(artifacts.glob("*/config.json"))
-        if (path.parent / "checkpoints").is_dir() or (path.parent / "metrics.jsonl").exists()
+        if not (path.parent / "model.safetensors").exists()
     ]
 
 

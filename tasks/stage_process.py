@@ -24,6 +24,7 @@ TAIL_LINES = 12
 TRACEBACK_LINES = 60
 # A frame of the traceback that a rank writes because another one failed; its last line, the error, is none.
 FRAME = re.compile(r"^\[rank\d+\]:($|  |Traceback | Traceback )")
+TORCHRUN_LINE = re.compile(r"^[IWE]\d{4} \d\d:\d\d:\d\d\.")  # of its agent's own log
 # as gpt2core.flags.main_guard and its Parser print what trying again would not help
 REFUSAL = re.compile(r"^python -m [\w.]+: error: (.*)")
 
@@ -106,7 +107,7 @@ def run_stage(
         whole.add(line)
         if look:
             look(line)
-        if has_failed or FRAME.match(line):
+        if has_failed or FRAME.match(line) or TORCHRUN_LINE.match(line):
             return
         if STEP_LINE.search(line):
             if time.monotonic() - last_step_line < SECONDS_BETWEEN_STEP_LINES:

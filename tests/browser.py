@@ -18,6 +18,11 @@ from websockets.sync.client import ClientConnection, connect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DEADLINE_S = 120.0
+# What a page shows; TensorBoard's lies in shadow roots, which innerText leaves out.
+TEXT = """(() => {
+    const shadows = node => [...node.querySelectorAll('*')].flatMap(e => e.shadowRoot ? [e.shadowRoot, ...shadows(e.shadowRoot)] : [])
+    return [document.body.innerText, ...shadows(document).map(root => [...root.children].map(e => e.innerText).join('\\n'))].join('\\n')
+})()"""
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-port=0"]
 
 
@@ -35,27 +40,31 @@ class Browser:
 
     def wait_for(self, *texts: str) -> str:
         deadline = time.monotonic() + DEADLINE_S
-        while missing := [
-            text for text in texts if text not in (shown := self.evaluate("document.body.innerText") or "")
-        ]:
+        while missing := [text for text in texts if text not in (shown := self.evaluate(TEXT) or "")]:
             assert time.monotonic() < deadline, f"{missing} did not show; what shows:\n{shown}"
             time.sleep(0.2)
         return shown
 
-    def click(self, text: str) -> None:
-        """On the innermost element that says just this."""
-        found = f"[...document.querySelectorAll('*')].findLast(e => e.innerText?.trim() == {json.dumps(text)})"
-        self.evaluate(f"{found}.click()")
+    def scroll_to(self, text: str) -> None:
+        """Brings the innermost element with this text to the middle."""
+        found = f"[...document.querySelectorAll('*')].findLast(e => e.innerText?.includes({json.dumps(text)}))"
+        self.evaluate(f"{found}.scrollIntoView({{block: 'center'}})")
 
     def evaluate(self, expression: str) -> Any:
         return self._call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
     def screenshot(self, path: Path) -> None:
-        """What shows, once the fonts and pictures of the page are there."""
-        ready = "Promise.all([document.fonts.ready, ...[...document.images].map(i => i.decode().catch(() => 0))]).then(() => 1)"
-        self._call("Runtime.evaluate", expression=ready, awaitPromise=True)
+        """What shows, once nothing moves any more."""
+        deadline = time.monotonic() + DEADLINE_S
+        before, now = b"", self._capture()
+        while now != before and time.monotonic() < deadline:
+            time.sleep(1)
+            before, now = now, self._capture()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))
+        path.write_bytes(now)
+
+    def _capture(self) -> bytes:
+        return base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"])
 
     def _call(self, method: str, **parameters: Any) -> dict[str, Any]:
         self._calls += 1

@@ -179,6 +179,7 @@ def test_clean_spares_a_run_that_is_alive_and_the_one_that_was_promoted(tiny: Pa
     with pytest.raises(ValueError, match=r"the run that .*/best came from \(step \d+\): promote another first"):
         gpt2(*arguments)
     assert (tiny / "config.json").exists()
+    assert [run.path.name for run in find_runs(tiny.parent)] == ["tiny"]  # best/ is none
 
 
 # --- tensorboard and the terminal ------------------------------------------------------------------------------------
