@@ -21,7 +21,7 @@ from gpt2core.cli import run
 from gpt2core.config import RunConfig
 from gpt2core.preflight import preflight
 from gpt2core.run_folder import RunFolder
-from gpt2core.status import status_of
+from gpt2core.status import find_runs, status_of
 
 pytestmark = pytest.mark.slow  # each starts trainers or looks at what they left
 
