@@ -162,6 +162,8 @@ class CheckpointFolder:
 
     def find(self, name: str) -> Checkpoint | None:
         """The checkpoint of this name if it is committed: its sidecar is there and the file has its size."""
+        if "/" in name:  # a path, and perhaps into another run's folder
+            return None
         location = self.file(name)
         try:
             sidecar = Sidecar.model_validate_json(read_text(_sidecar_of(location)))

@@ -132,19 +132,28 @@ def _read_prompts(file: Path) -> list[str]:
 
 
 def export(argv: list[str]) -> None:
+    from tempfile import TemporaryDirectory
+
     from gpt2core.export import export_huggingface
+    from gpt2core.storage import is_remote, local_path
 
     parser = Parser(prog="gpt2 export", description="Write a model for Hugging Face transformers.")
     _add_checkpoint(parser, default="best")
     parser.add_argument("--to", nargs=2, metavar=("FORMAT", "FOLDER"), required=True, help="hf FOLDER")
     arguments = parser.parse_args(argv)
-    target_format, folder = arguments.to[0], Path(arguments.to[1])
+    target_format, folder = arguments.to
     if target_format != "hf":
         raise ValueError(f"--to {target_format}: the format known is hf")
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--to {folder}: the folder is not empty; give a new one")
+    if is_remote(folder):
+        raise ValueError(f"--to {folder}: a folder on this machine is needed; gpt2 promote --publish_to writes to URLs")
+    target = local_path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"--to {folder}: it is there and not empty; give a new folder")
     checkpoint = _load(arguments)
-    export_huggingface(checkpoint.state["model"], checkpoint.config.model, folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as building:  # whole, or not there at all
+        export_huggingface(checkpoint.state["model"], checkpoint.config.model, Path(building) / target.name)
+        (Path(building) / target.name).rename(target)
     print(f"{folder} holds {checkpoint.name} as transformers' AutoModelForCausalLM and AutoTokenizer load it")
 
 

@@ -9,7 +9,7 @@ import math
 import os
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from gpt2core.credentials import LocalFolder, PathOrUrl
 
@@ -18,7 +18,15 @@ VOCAB_SIZE = 50257
 
 Positive = Annotated[int, Field(ge=1)]
 Frequency = Annotated[int, Field(ge=0)]  # 0 switches it off
-RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+def _is_no_other_folder(name: str) -> str:
+    if name in ("best", "promoted"):
+        raise ValueError(f"{name} is the name of the folder of promoted models: take another")
+    return name
+
+
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"), AfterValidator(_is_no_other_folder)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 

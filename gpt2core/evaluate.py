@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import os
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from gpt2core.config import EvalConfig, RunConfig
 from gpt2core.distributed import Ranks
 from gpt2core.evaluation import validation_loss
 from gpt2core.flags import Parser, main_guard
-from gpt2core.hellaswag import Questions, evaluate_hellaswag, load_hellaswag
+from gpt2core.hellaswag import Example, Questions, evaluate_hellaswag, fingerprint, load_hellaswag
 from gpt2core.launch import die_with_parent, tell
 from gpt2core.loader import Sequences
 from gpt2core.metrics import MetricsLog
@@ -71,10 +72,15 @@ def _measured(arguments: argparse.Namespace, folder: RunFolder, checkpoint: Name
     )
     data_dir = arguments.data_dir or config.data.data_dir
     val = Sequences(open_shards(data_dir, "val", cache_of(config.data, tell)), config.model.context_length)
-    is_own = data_dir == config.data.data_dir and wanted == config.evaluation
+    hellaswag = _load_hellaswag(wanted, required=arguments.hellaswag is not None)
+    is_own = data_dir == config.data.data_dir and (wanted.val_tokens, wanted.hellaswag) == (
+        config.evaluation.val_tokens,
+        config.evaluation.hellaswag,
+    )
     stored_in = _result_file(checkpoint, folder, "" if is_own else "_" + _digest(wanted, val))
     identity = checkpoint.sha256 or checkpoint.weights_sha256()
-    if not arguments.force and (stored := _stored(stored_in)) and _same(stored, identity, wanted, val):
+    stored = _stored(stored_in, (identity, wanted.val_tokens, val.fingerprint))
+    if stored and not arguments.force and (hellaswag is None or hellaswag.is_answered_by(stored)):
         print(f"already measured at {stored.measured_at}: {stored_in} (--force measures again)", flush=True)
         return stored
     ranks = Ranks.join(arguments.device)
@@ -87,7 +93,7 @@ def _measured(arguments: argparse.Namespace, folder: RunFolder, checkpoint: Name
         config.batch_size_without_gradients(),
         ranks,
     )
-    scores = _hellaswag_scores(model, wanted, ranks, required=arguments.hellaswag is not None)
+    scores = hellaswag.scores(model, ranks) | hellaswag.kept_from(stored) if hellaswag else {}
     result = Evaluation(
         run_name=config.run_name,
         checkpoint=checkpoint.name,
@@ -107,7 +113,7 @@ def _measured(arguments: argparse.Namespace, folder: RunFolder, checkpoint: Name
     )
     if ranks.is_main:
         _store(stored_in, result)
-        if checkpoint.is_of_a_run:
+        if checkpoint.is_of_a_run and is_own:
             _log(folder, config, result)
     ranks.leave()
     return result
@@ -124,11 +130,13 @@ def _result_file(checkpoint: NamedCheckpoint, folder: RunFolder, suffix: str) ->
     return f"{checkpoint.name.rstrip('/').removesuffix('.pt')}.evaluation{suffix}.json"
 
 
-def _stored(location: str) -> Evaluation | None:
+def _stored(location: str, measured_on: tuple[str, int, str]) -> Evaluation | None:
+    """What is stored there, if it is of these weights on these tokens."""
     try:
-        return Evaluation.model_validate_json(read_text(location))
-    except (OSError, ValidationError):
+        stored = Evaluation.model_validate_json(read_text(location))
+    except (OSError, ValidationError, UnicodeDecodeError):
         return None
+    return stored if (stored.sha256, stored.val_tokens, stored.val_fingerprint) == measured_on else None
 
 
 def _store(location: str, result: Evaluation) -> None:
@@ -138,42 +146,39 @@ def _store(location: str, result: Evaluation) -> None:
         print(f"WARNING: the result is not kept, for {location} cannot be written ({error})", flush=True)
 
 
-def _same(stored: Evaluation, identity: str, wanted: EvalConfig, val: Sequences) -> bool:
-    """Whether the stored result is of these weights, on this data, and has all that is wanted."""
-    scores = {"build-nanogpt": stored.hellaswag, "lm-eval": stored.hellaswag_lm_eval}
-    sources = [(score := scores[convention]) and score.source for convention in _conventions(wanted)]
-    measured_on = (stored.sha256, stored.val_tokens, stored.val_fingerprint)
-    return measured_on == (identity, wanted.val_tokens, val.fingerprint) and set(sources) == {wanted.hellaswag}
+@dataclass(frozen=True)
+class _HellaSwag:
+    """The questions to be asked, and by which conventions."""
 
+    source: str
+    examples: list[Example]
+    fingerprint: str
+    conventions: list[Convention]
 
-def _conventions(wanted: EvalConfig) -> list[Convention]:
-    return ["build-nanogpt", "lm-eval"] if wanted.hellaswag_convention == "both" else [wanted.hellaswag_convention]
+    def is_answered_by(self, stored: Evaluation) -> bool:
+        there = _scores_of(stored)
+        return all(
+            convention in there and there[convention].fingerprint == self.fingerprint for convention in self.conventions
+        )
 
+    def kept_from(self, stored: Evaluation | None) -> dict[Convention, HellaSwagScore]:
+        """What was measured before on the same examples by conventions that are not asked for now."""
+        return {
+            convention: score
+            for convention, score in (_scores_of(stored) if stored else {}).items()
+            if convention not in self.conventions and score.fingerprint == self.fingerprint
+        }
 
-def _hellaswag_scores(model: GPT, wanted: EvalConfig, ranks: Ranks, required: bool) -> dict[Convention, HellaSwagScore]:
-    """By convention; without those that the default source, or a file made for build-nanogpt's alone, does not allow."""
-    source = wanted.hellaswag
-    try:
-        examples = load_hellaswag(source)
-    except ValueError as error:
-        if required or source != EvalConfig().hellaswag:
-            raise
-        print(f"WARNING: evaluated without HellaSwag: {error}", flush=True)
-        return {}
-    scores: dict[Convention, HellaSwagScore] = {}
-    for convention in _conventions(wanted):
-        try:
-            questions = Questions.of(examples, convention, model.config.context_length)
-        except ValueError as error:
-            if wanted.hellaswag_convention != "both":
-                raise
-            print(f"WARNING: {error}", flush=True)
-            continue
-        print(f"HellaSwag by {convention}'s convention, {len(examples)} examples of {source} ...", flush=True)
-        result = evaluate_hellaswag(model, questions, ranks)
-        scores[convention] = HellaSwagScore(
+    def scores(self, model: GPT, ranks: Ranks) -> dict[Convention, HellaSwagScore]:
+        return {convention: self._score(convention, model, ranks) for convention in self.conventions}
+
+    def _score(self, convention: Convention, model: GPT, ranks: Ranks) -> HellaSwagScore:
+        print(f"HellaSwag by {convention}'s convention, {len(self.examples)} examples of {self.source} ...", flush=True)
+        result = evaluate_hellaswag(model, Questions.of(self.examples, convention, model.config.context_length), ranks)
+        return HellaSwagScore(
             convention=convention,
-            source=source,
+            source=self.source,
+            fingerprint=self.fingerprint,
             examples=result.examples,
             truncated=result.truncated,
             acc=result.acc,
@@ -181,7 +186,27 @@ def _hellaswag_scores(model: GPT, wanted: EvalConfig, ranks: Ranks, required: bo
             acc_norm=result.acc_norm,
             acc_norm_stderr=result.acc_norm_stderr,
         )
-    return scores
+
+
+def _scores_of(stored: Evaluation) -> dict[Convention, HellaSwagScore]:
+    return {score.convention: score for score in (stored.hellaswag, stored.hellaswag_lm_eval) if score}
+
+
+def _load_hellaswag(wanted: EvalConfig, required: bool) -> _HellaSwag | None:
+    """None, with a loud word, when the default source cannot be reached."""
+    source, convention = wanted.hellaswag, wanted.hellaswag_convention
+    try:
+        examples = load_hellaswag(source)
+    except ValueError as error:
+        if required or source != EvalConfig().hellaswag:
+            raise
+        print(f"WARNING: evaluated without HellaSwag: {error}", flush=True)
+        return None
+    conventions: list[Convention] = ["build-nanogpt", "lm-eval"] if convention == "both" else [convention]
+    if convention == "both" and not all(example.has_parts for example in examples):
+        print(f"WARNING: {source} lacks what lm-eval's convention needs: activity_label, ctx_a and ctx_b", flush=True)
+        conventions = ["build-nanogpt"]
+    return _HellaSwag(source, examples, fingerprint(examples), conventions)
 
 
 def _log(folder: RunFolder, config: RunConfig, result: Evaluation) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from gpt2core.config import VOCAB_SIZE, ModelConfig
-from gpt2core.storage import fsync, write_json, write_text
+from gpt2core.storage import publish, write_json, write_text
 from gpt2core.tokenizer import EOT, encoder_json, vocab_bpe
 
 # GPT-2's released code multiplies from the left, so Hugging Face keeps these four matrices transposed (its Conv1D).
@@ -30,8 +30,8 @@ def huggingface_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 def export_huggingface(state_dict: dict[str, Tensor], model: ModelConfig, folder: Path) -> None:
     """Writes a folder that AutoModelForCausalLM and AutoTokenizer load as it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(huggingface_state_dict(state_dict), folder / "model.safetensors", metadata={"format": "pt"})
-    fsync(folder / "model.safetensors")
+    with publish(folder / "model.safetensors") as file:  # save_file's is for its owner's eyes alone
+        file.write(save(huggingface_state_dict(state_dict), metadata={"format": "pt"}))
     write_json(
         folder / "config.json",
         {

@@ -33,8 +33,10 @@ class Sampling:
         for name in ("max_new_tokens", "samples", "top_k"):
             if (getattr(self, name) or 1) < 1 or getattr(self, name) == 0:
                 raise ValueError(f"{name} {getattr(self, name)}: at least 1 is needed")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature {self.temperature}: a number from 0 up is needed")
+        if self.temperature and not 1e-3 <= self.temperature <= 1e3:
+            raise ValueError(f"temperature {self.temperature}: 0, or a number from 0.001 to 1000 is needed")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed}: a number from 0 to 2^63 - 1 is needed")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p}: a number above 0 and up to 1 is needed")
 
@@ -108,11 +110,14 @@ def _draw(model: GPT, rows: list[list[int]], sampling: Sampling) -> Iterator[Ten
     padding = torch.tensor([longest - len(row) for row in rows], device=device)
     tokens = torch.tensor([[EOT] * (longest - len(row)) + row for row in rows], device=device)  # (rows, T)
     room = torch.tensor([model.config.context_length - len(row) for row in rows], device=device)
-    cache = KeyValueCache(model.config, padding, longest + sampling.max_new_tokens, model.compute_dtype)
+    most = min(sampling.max_new_tokens, int(room.max()))
+    cache = KeyValueCache(model.config, padding, longest + most, model.compute_dtype)
     generators = [torch.Generator(device).manual_seed(sampling.seed) for _ in range(len(rows) // sampling.samples)]
     done = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    for count in range(1, sampling.max_new_tokens + 1):
+    for count in range(1, most + 1):
         logits = model.lm_head(model.hidden(tokens, cache)[:, -1]).float()[:, :VOCAB_SIZE]  # padding is never drawn
+        if count == 1 and not logits.isfinite().all():
+            raise ValueError("the model's logits are not finite: its weights are damaged, or its training has diverged")
         tokens = _choose(logits, sampling, generators).masked_fill(done[:, None], EOT)
         yield tokens
         done |= (tokens[:, 0] == EOT) | (room == count)

@@ -15,6 +15,7 @@ GPT-2 124M as OpenAI released it scores acc 28.59%, acc_norm 29.55% by the first
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -42,12 +43,17 @@ class Example(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    ctx: str = Field(min_length=1)
+    ctx: str = Field(pattern=r"\S")
     endings: list[Annotated[str, Field(min_length=1)]] = Field(min_length=ENDINGS, max_length=ENDINGS)
     label: int = Field(ge=0, lt=ENDINGS)
     activity_label: str | None = None
     ctx_a: str | None = None
     ctx_b: str | None = None
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether lm-eval's convention, which puts the context together anew, can read it."""
+        return None not in (self.activity_label, self.ctx_a, self.ctx_b)
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,14 @@ def load_hellaswag(source: str) -> list[Example]:
     if not examples:
         raise ValueError(f"HellaSwag {source} holds no examples")
     return examples
+
+
+def fingerprint(examples: list[Example]) -> str:
+    """Tells these examples from others, wherever they came from."""
+    hashed = hashlib.sha256()
+    for example in examples:
+        hashed.update(example.model_dump_json().encode() + b"\n")
+    return hashed.hexdigest()
 
 
 def _jsonl_rows(source: str) -> Iterator[Any]:
@@ -174,12 +188,12 @@ def _plain_text(example: Example) -> Text:
 
 
 def _lm_eval_text(number: int, example: Example) -> Text:
-    if example.activity_label is None or example.ctx_a is None or example.ctx_b is None:
+    if not example.has_parts:
         raise ValueError(
             f"HellaSwag by lm-eval's convention needs activity_label, ctx_a and ctx_b, which example {number} lacks: "
             f"give a file that has them, or --hellaswag_convention build-nanogpt"
         )
-    context = f"{example.activity_label}: {example.ctx_a} {example.ctx_b.capitalize()}"
+    context = f"{example.activity_label}: {example.ctx_a} {(example.ctx_b or '').capitalize()}"
     endings = [_clean(ending) for ending in example.endings]
     if "" in endings:
         raise ValueError(f"HellaSwag by lm-eval's convention: example {number} has an ending of nothing but markup")

@@ -17,6 +17,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from gpt2core import lock
 from gpt2core.checkpoint import save_alone
 from gpt2core.checkpoint_folder import BEST, FORMAT, Checkpoint, CheckpointFolder
 from gpt2core.config import VOCAB_SIZE, ModelConfig, RunConfig, TrainConfig, first_error
@@ -68,10 +69,15 @@ def import_run(kind: str, location: str, artifacts_dir: str, run_name: str) -> C
     if kind not in READERS:
         raise ValueError(f"--from {kind}: the formats known are {' and '.join(READERS)}")
     folder = RunFolder(artifacts_dir, run_name)
+    with lock.hold(folder.path / lock.LOCK_FILE):
+        return _import(kind, location, folder)
+
+
+def _import(kind: str, location: str, folder: RunFolder) -> Checkpoint:
     if CheckpointFolder(folder.checkpoints).names():
         raise ValueError(f"{folder.path} already holds checkpoints: give another --run_name")
     weights, model = READERS[kind](location)
-    config = config_of(model, run_name, artifacts_dir)
+    config = config_of(model, folder.path.name, str(folder.path.parent))
     state = {
         "format": FORMAT,
         "step": 0,
@@ -143,7 +149,7 @@ def _huggingface_shape(folder: Location) -> ModelConfig:
     for name, values in COMPUTED.items():
         if config.get(name, values[0]) not in values:
             raise ValueError(f"{location}: {name} is {config[name]!r}, and only {values[0]!r} is computed here")
-    if config.get("n_inner") not in (None, 4 * config.get("n_embd", 0)):
+    if config.get("n_inner") not in (None, 4 * (config.get("n_embd") or 0)):
         raise ValueError(f"{location}: n_inner is {config['n_inner']}, and only 4 * n_embd is computed here")
     return _shape(location, *(config.get(name) for name in ("n_positions", "n_layer", "n_embd", "n_head")))
 

@@ -183,10 +183,8 @@ def _evaluate(folder: RunFolder) -> str:
 def _read_evaluation(path: Path) -> Evaluation:
     try:
         return Evaluation.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise ValueError(
-            f"{path} is no evaluation ({error.errors()[0]['msg']}): remove it and evaluate again"
-        ) from None
+    except (ValidationError, UnicodeDecodeError):
+        raise ValueError(f"{path} is no evaluation: remove it and evaluate again") from None
 
 
 def _has_number(contender: Contender, rule: Rule) -> bool:

@@ -41,6 +41,10 @@ class PromotedModels:
         """Alone with them for the length of the block; waits for another promotion. Puts right what a killed one left."""
         if self.link.exists() and not self.link.is_symlink():
             raise ValueError(f"{self.link} is no link into {self.versions}, so it was not promoted: move it away")
+        if self.link.is_symlink() and not self.link.exists():
+            raise ValueError(
+                f"{self.link} leads to {self.link.readlink()}, which is not there: restore it, or remove the link to begin anew"
+            )
         with lock.hold(self.versions / lock.LOCK_FILE, on_wait=lambda who: tell(f"{self.versions}: waiting for {who}")):
             self._put_right()
             yield

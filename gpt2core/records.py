@@ -37,6 +37,7 @@ class HellaSwagScore(Record):
 
     convention: Convention = "build-nanogpt"
     source: str
+    fingerprint: str | None = None  # of the examples
     examples: int
     truncated: int = 0  # examples whose context was longer than the model can read
     acc: float
@@ -98,7 +99,11 @@ class Contender(Record):
         mine, others = self.hellaswag, other.hellaswag
         if mine is None or others is None:
             return False
-        return (mine.source, mine.examples, mine.convention) == (others.source, others.examples, others.convention)
+        return (mine.fingerprint, mine.examples, mine.convention) == (
+            others.fingerprint,
+            others.examples,
+            others.convention,
+        )
 
 
 class Promotion(Record):

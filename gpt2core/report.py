@@ -6,7 +6,10 @@ import html
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from gpt2core.checkpoint_folder import CheckpointFolder, epoch_name
+from gpt2core.launch import tell
 from gpt2core.records import Evaluation
 from gpt2core.run_folder import RunFolder
 from gpt2core.storage import publish, write_text
@@ -15,8 +18,16 @@ from gpt2core.storage import publish, write_text
 def evaluations(folder: RunFolder) -> dict[int, Evaluation]:
     """The run's measurement of each step: that with its own settings, else one on other data."""
     ad_hoc_first = sorted(folder.evaluations.glob("*.json"), key=lambda path: (path.stem.count("_") == 1, path))
-    found = [Evaluation.model_validate_json(path.read_text("utf-8")) for path in ad_hoc_first]
+    found = [evaluation for path in ad_hoc_first if (evaluation := _read(path))]
     return {evaluation.step: evaluation for evaluation in found if evaluation.step <= folder.last_step}
+
+
+def _read(path: Path) -> Evaluation | None:
+    try:
+        return Evaluation.model_validate_json(path.read_text("utf-8"))
+    except (ValidationError, UnicodeDecodeError):
+        tell(f"WARNING: {path} is no evaluation, and is left out: remove it and evaluate again")
+        return None
 
 
 def epoch_rows(folder: RunFolder) -> list[dict[str, Any]]:

@@ -63,10 +63,13 @@ def load_named(name: str, folder: RunFolder) -> NamedCheckpoint:
     Raises ValueError that names what is there when there is no such checkpoint.
     """
     checkpoints = CheckpointFolder(folder.checkpoints)
-    if found := checkpoints.find(BEST if name == "best" else name):
+    in_run = BEST if name == "best" else name
+    if found := checkpoints.find(in_run):
         return NamedCheckpoint(found.name, load(found.location, found.sidecar), found.sidecar.sha256)
     if at := load_at(name):
         return at
+    if in_run in checkpoints.names():
+        raise BlockingIOError(f"{checkpoints.file(in_run)} is just being written, or was never finished: try again")
     there = ", ".join(checkpoint.name for checkpoint in checkpoints.all()) or "none"
     raise ValueError(
         f"checkpoint {name}: there is no such file, nor one of that name in {folder.checkpoints} (there are: {there}); the promoted model is --checkpoint {folder.path.parent / 'best'}"

@@ -260,8 +260,13 @@ def test_export_writes_what_transformers_loads(tiny: Path, lab: Any, tmp_path: P
     weights = lab.load(tiny / "checkpoints" / "epoch_00001.pt")["model"]
     assert torch.equal(model.transformer.wte.weight, weights["transformer.wte.weight"][:50257])
     assert torch.equal(model.transformer.h[0].mlp.c_fc.weight, weights["transformer.h.0.mlp.c_fc.weight"].t())
+    modes = {path.stat().st_mode & 0o777 for path in target.iterdir()}
+    assert len(modes) == 1  # who may read one may read all
     with pytest.raises(ValueError, match="not empty"):
         gpt2("export", "--to", "hf", target, *TINY, tiny.parent)
+    with pytest.raises(ValueError, match=r"--to s3://bucket/model: a folder on this machine is needed"):
+        gpt2("export", "--to", "hf", "s3://bucket/model", *TINY, tiny.parent)
+    assert [path.name for path in tmp_path.iterdir()] == ["exported"]
 
 
 def test_generate_answers_a_file_of_prompts(tiny: Path, tmp_path: Path, capsys: Any) -> None:

@@ -110,6 +110,7 @@ def test_a_configuration_cannot_be_changed():
         (LaunchConfig, {"rdzv_id": "a,is_host=1", "nnodes": 2, "rdzv_endpoint": "node0:29500"}),
         (RunConfig, {"run_name": "../elsewhere"}),
         (RunConfig, {"run_name": ""}),
+        (RunConfig, {"run_name": "promoted"}),
     ],
 )
 def test_values_out_of_bounds_are_refused(group, bad):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -185,3 +187,21 @@ def test_top_p_draws_among_the_likeliest_that_reach_it() -> None:
     assert generate(model, PROMPT, Sampling(8, top_p=1e-6)) == generate(model, PROMPT, Sampling(8, temperature=0))
     with pytest.raises(ValueError, match=r"top_p 1\.5: a number above 0 and up to 1 is needed"):
         Sampling(top_p=1.5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"temperature": 1e-40}, "temperature"), ({"temperature": float("nan")}, "temperature"), ({"seed": -1}, "seed")],
+)
+def test_numbers_that_make_no_sense_are_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Sampling(**wrong)
+
+
+def test_a_model_of_nan_writes_nothing() -> None:
+    model = random_model()
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(float("nan"))
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="not finite"):
+            generate(model, PROMPT, Sampling(temperature=temperature))

@@ -151,6 +151,7 @@ def test_labels_written_as_text_and_gzip_are_read(tmp_path):
         (GOOD | {"endings": ["a", "b", "c", None]}, "endings"),
         (GOOD | {"endings": ["a", "b", "c", ""]}, "endings"),
         (GOOD | {"ctx": ""}, "ctx"),
+        (GOOD | {"ctx": "   "}, "ctx"),
         ({"endings": GOOD["endings"], "label": 1}, "ctx"),
         ({"ctx": "x", "endings": GOOD["endings"]}, "label"),
         ([1, 2], ""),

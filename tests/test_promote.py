@@ -27,6 +27,7 @@ from gpt2core.generate import Sampling, generate
 from gpt2core.promote import describe, judge, promote
 from gpt2core.promoted import PromotedModels
 from gpt2core.records import Contender, Evaluation, HellaSwagScore, current_best, published_at
+from gpt2core.report import evaluations
 from gpt2core.run_checkpoint import load_at, load_named
 from gpt2core.run_folder import RunFolder
 
@@ -273,7 +274,7 @@ def scored(acc_norm: float, val_loss: float = 3.0, **changes: Any) -> Contender:
         (scored(0.40, 9.0), scored(0.30, 3.0), 1.0, True, "better: "),  # whatever the losses
         (scored(0.40), contender(3.0), 1.0, False, "a step 1 was promoted without a HellaSwag result"),
         (scored(0.40), scored(0.30, examples=10), 1.0, False, "other HellaSwag examples"),
-        (scored(0.40), scored(0.30, source="others.jsonl"), 1.0, False, "other HellaSwag examples"),
+        (scored(0.40), scored(0.30, fingerprint="others"), 1.0, False, "other HellaSwag examples"),
         (scored(0.40, acc_norm_stderr=0.0), scored(0.30, acc_norm_stderr=0.0), 1.0, True, "better: "),
     ],
 )
@@ -653,3 +654,22 @@ def test_a_best_checkpoint_replaced_while_it_is_read_is_not_promoted_under_the_o
         decision = promotion.result(DEADLINE_S)
     assert decision.promoted and (decision.candidate.step, decision.candidate.val_loss) == (12, 3.5)
     assert current_best(remote_run.parent) == decision.candidate
+
+
+def test_a_link_to_a_version_that_is_gone_is_an_error(run: Path) -> None:
+    record(run, "epoch_00002", 3.5)
+    promote(run.parent, "tiny")
+    shutil.rmtree((run.parent / "best").resolve())
+    with pytest.raises(
+        ValueError, match=r"best leads to promoted/0001_tiny_step_000024, which is not there: restore it"
+    ):
+        promote(run.parent, "tiny")
+
+
+def test_a_damaged_measurement_is_named(run: Path, capsys: Any) -> None:
+    record(run, "epoch_00002", 3.5)
+    (run / "evaluations" / "step_000099.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"step_000099\.json is no evaluation: remove it and evaluate again"):
+        promote(run.parent, "tiny")
+    assert set(evaluations(RunFolder(run.parent, "tiny"))) == {24}
+    assert "step_000099.json is no evaluation" in capsys.readouterr().out
