@@ -69,15 +69,9 @@ def import_run(kind: str, location: str, artifacts_dir: str, run_name: str) -> C
     if kind not in READERS:
         raise ValueError(f"--from {kind}: the formats known are {' and '.join(READERS)}")
     folder = RunFolder(artifacts_dir, run_name)
-    with lock.hold(folder.path / lock.LOCK_FILE):
-        return _import(kind, location, folder)
-
-
-def _import(kind: str, location: str, folder: RunFolder) -> Checkpoint:
-    if CheckpointFolder(folder.checkpoints).names():
-        raise ValueError(f"{folder.path} already holds checkpoints: give another --run_name")
+    _check_free(folder)
     weights, model = READERS[kind](location)
-    config = config_of(model, folder.path.name, str(folder.path.parent))
+    config = config_of(model, run_name, artifacts_dir)
     state = {
         "format": FORMAT,
         "step": 0,
@@ -86,8 +80,15 @@ def _import(kind: str, location: str, folder: RunFolder) -> Checkpoint:
         "model": weights,
         "imported_from": f"{kind} {location}",
     }
-    folder.claim(config)
-    return save_alone(CheckpointFolder(folder.checkpoints), state, BEST)
+    with lock.hold(folder.path / lock.LOCK_FILE):
+        _check_free(folder)  # somebody may have been quicker
+        folder.claim(config)
+        return save_alone(CheckpointFolder(folder.checkpoints), state, BEST)
+
+
+def _check_free(folder: RunFolder) -> None:
+    if CheckpointFolder(folder.checkpoints).names():
+        raise ValueError(f"{folder.path} already holds checkpoints: give another --run_name")
 
 
 def config_of(model: ModelConfig, run_name: str = "imported", artifacts_dir: str = "artifacts") -> RunConfig:

@@ -266,7 +266,7 @@ def test_export_writes_what_transformers_loads(tiny: Path, lab: Any, tmp_path: P
         gpt2("export", "--to", "hf", target, *TINY, tiny.parent)
     with pytest.raises(ValueError, match=r"--to s3://bucket/model: a folder on this machine is needed"):
         gpt2("export", "--to", "hf", "s3://bucket/model", *TINY, tiny.parent)
-    assert [path.name for path in tmp_path.iterdir()] == ["exported"]
+    assert {path.name for path in tmp_path.iterdir()} == {"exported", "tiny"}
 
 
 def test_generate_answers_a_file_of_prompts(tiny: Path, tmp_path: Path, capsys: Any) -> None:
