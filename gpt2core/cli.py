@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -217,10 +218,8 @@ def checkpoints(argv: list[str]) -> int:
     return 0
 
 
-def tensorboard(argv: list[str]) -> int:
-    import subprocess
-
-    from gpt2core.ports import refuse_taken, tunnel
+def tensorboard(argv: list[str]) -> None:
+    from gpt2core.ports import EVERYWHERE, refuse_taken, tunnel
 
     parser = Parser(prog="gpt2 tensorboard", description="Show the runs' curves in TensorBoard.")
     parser.add_argument("--artifacts_dir", default=RunConfig().artifacts_dir, help="folder of the runs")
@@ -231,9 +230,12 @@ def tensorboard(argv: list[str]) -> int:
         raise ValueError(f"--artifacts_dir {arguments.artifacts_dir}: there is no such folder")
     refuse_taken(arguments.host, arguments.port)
     print(f"the curves that matter: http://{arguments.host}:{arguments.port}/#custom_scalars")
-    print(f"from another machine: {tunnel(arguments.port)}, then http://127.0.0.1:{arguments.port}", flush=True)
+    print(f"from another machine: {tunnel(arguments.port, arguments.host)}, then http://127.0.0.1:{arguments.port}")
+    if arguments.host in EVERYWHERE:
+        print("WARNING: whoever reaches this machine can read them: TensorBoard asks for no password")
+    sys.stdout.flush()
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", arguments.artifacts_dir]
-    return subprocess.call([*command, "--host", arguments.host, "--port", str(arguments.port)])
+    os.execv(sys.executable, [*command, "--host", arguments.host, "--port", str(arguments.port)])
 
 
 def status(argv: list[str]) -> None:
@@ -282,8 +284,12 @@ def preflight(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     config, launched = run_config(arguments), settings_of(LaunchConfig, arguments)
     found = examine_machine(config, launched)
-    if all(finding.what != "GPUs" or finding.verdict != "error" for finding in found):
-        found += examine(config, launched.nnodes * num_processes(launched.nproc_per_node, config.train.device))
+    device = (
+        "cpu"
+        if any(finding.what == "GPUs" and finding.verdict == "error" for finding in found)
+        else config.train.device
+    )
+    found += examine(config, launched.nnodes * num_processes(launched.nproc_per_node, device))
     for finding in found:
         print(finding)
     errors = sum(finding.verdict == "error" for finding in found)

@@ -80,12 +80,17 @@ def _stderr(share: float, count: int) -> float:
     return math.sqrt(share * (1 - share) / count)
 
 
+def is_file(source: str) -> bool:
+    """Whether it is the path or URL of a file, and no dataset on the hub."""
+    return source.endswith((".jsonl", ".json", ".jsonl.gz"))
+
+
 def load_hellaswag(source: str) -> list[Example]:
     """Examples from a jsonl file at any fsspec URL, or from a dataset on the Hugging Face hub.
 
     Raises ValueError, naming the source and the line, when it cannot be had or an example is malformed.
     """
-    rows = _jsonl_rows(source) if source.endswith((".jsonl", ".json", ".jsonl.gz")) else _hub_rows(source)
+    rows = _jsonl_rows(source) if is_file(source) else _hub_rows(source)
     examples = []
     for number, row in enumerate(rows, start=1):
         try:

@@ -25,6 +25,10 @@ def refuse_taken(host: str, port: int) -> None:
         raise ValueError(f"--port {port}: cannot listen on {host}:{port} ({why}); give another, such as --port {other}")
 
 
-def tunnel(port: int) -> str:
-    """The command that brings a port of this machine to another one."""
-    return f"ssh -N -L {port}:127.0.0.1:{port} {socket.gethostname()}"
+EVERYWHERE = ("0.0.0.0", "::")  # hosts to listen on at all addresses
+
+
+def tunnel(port: int, host: str = "127.0.0.1") -> str:
+    """The command that brings a port that is listened on here, on `host`, to another machine."""
+    reached = "127.0.0.1" if host in EVERYWHERE else host
+    return f"ssh -N -L {port}:{reached}:{port} {socket.gethostname()}"

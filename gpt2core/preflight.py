@@ -46,10 +46,11 @@ class Finding:
 def claim_run(config: RunConfig, launched: LaunchConfig, force: bool = False) -> None:
     """Writes the run's config.json, after the checks that need no data: before hours of preparation, not after.
 
-    Raises ValueError when the batch does not divide, a GPU is not there, or, without `force`, the folder holds a run
+    Raises ValueError when the batch does not divide, a GPU or the file of HellaSwag is not there, or, without `force`, the folder holds a run
     with other settings.
     """
     config.grad_accum_steps(launched.nnodes * num_processes(launched.nproc_per_node, config.train.device))
+    _hellaswag(config)
     RunFolder.of(config).claim(config, force)
 
 
@@ -75,6 +76,7 @@ def _look(config: RunConfig, world_size: int) -> Iterator[Finding]:
     millions = config.model.num_parameters() / 1e6
     yield Finding("model", "ok", f"{millions:.1f}M parameters, context {config.model.context_length}")
     yield _checked("data", lambda: _data(config))
+    yield _checked("HellaSwag", lambda: _hellaswag(config))
     yield _checked("folders", lambda: _writable(config))
     yield _checked("disk", lambda: _disk_space(config))
     yield _checked("clock", lambda: _clock(config))
@@ -102,6 +104,18 @@ def _data(config: RunConfig) -> str:
         for split, shards in opened.items()
     ]
     return ", ".join(told)
+
+
+def _hellaswag(config: RunConfig) -> str:
+    """Raises ValueError when its file cannot be read: the first evaluation may be a week away."""
+    from gpt2core.hellaswag import is_file, load_hellaswag
+
+    source = config.evaluation.hellaswag
+    return (
+        f"{len(load_hellaswag(source)):,} examples of {source}"
+        if is_file(source)
+        else f"{source}, asked for when needed"
+    )
 
 
 def _writable(config: RunConfig) -> str:
@@ -212,8 +226,11 @@ def _gpus(config: RunConfig, launched: LaunchConfig) -> Finding | str:
     )
     listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n")
     gpus = [line.split("|") for line in listed if line][:wanted]
-    if config.train.device == "cpu" or not gpus:
+    if config.train.device == "cpu":
         return f"none is used, {wanted} processes on {os.cpu_count()} CPU cores"
+    if not gpus:
+        text = f"none is visible, {wanted} processes on {os.cpu_count()} CPU cores: if there is one, look at nvidia-smi"
+        return Finding("GPUs", "warning", text)
     state = STATE_BYTES_A_PARAMETER * config.model.num_parameters()
     told = [f"{name} ({int(free) / 2**30:.0f} of {int(total) / 2**30:.0f} GiB free)" for name, free, total in gpus]
     text = f"{', '.join(told)}; weights, gradients and moments take {state / 2**30:.1f} GiB of each"

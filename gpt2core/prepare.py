@@ -340,14 +340,15 @@ class _Tally:
     def __init__(self, data: DataConfig, todo: list[Span], progress: Progress) -> None:
         self.data, self.spans, self.progress = data, todo, progress
         self.text_bytes = sum(span.text_bytes for span in todo)
-        self.done_bytes = self.tokens = 0
+        self.done_bytes = self.tokens = self.done_spans = 0
         self.started = self.said = time.monotonic()
 
     def add(self, span: Span, part: Part) -> None:
         self.done_bytes += span.text_bytes
         self.tokens += part.tokens
+        self.done_spans += 1
         now = time.monotonic()
-        if now - self.said < SECONDS_BETWEEN_LINES:
+        if now - self.said < SECONDS_BETWEEN_LINES and self.done_spans < len(self.spans):
             return
         self.said, seconds, fraction = now, now - self.started, self.done_bytes / max(1, self.text_bytes)
         left = timedelta(seconds=round(seconds / fraction - seconds)) if fraction else "unknown"

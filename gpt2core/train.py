@@ -175,6 +175,7 @@ def _train(
             origin,
         ]:
             log.say(line)
+    begun_at = trainer.step
     stop_step = trainer.steps_per_epoch * min(stop_epoch or config.train.num_epochs, config.train.num_epochs)
     stop_step = min(ranks.gather(stop_step))  # only the machine that leads the run may have been told an epoch
     try:
@@ -188,7 +189,7 @@ def _train(
         if saver:
             saver.finish()
     if log:
-        if trainer.step == trainer.max_steps:
+        if trainer.step == trainer.max_steps and trainer.step > begun_at:
             results = {"loss": trainer.train_loss, "val_loss": trainer.val_loss, "best_val_loss": trainer.best_val_loss}
             log.finish(trainer.step, {name: value for name, value in results.items() if value is not None})
         log.say(f"at step {trainer.step} of {trainer.max_steps}")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 
 from gpt2core.cli import COMMANDS, run
+from gpt2core.ports import taken
 
 pytestmark = pytest.mark.slow  # each test starts trainers or other processes
 
@@ -316,3 +320,16 @@ def test_promote_after_evaluate(tiny: Path, few_examples: Path, capsys: Any) -> 
     assert not gpt2("status", "--artifacts_dir", tiny.parent)
     assert "promoted: tiny step" in capsys.readouterr().out
     assert (tiny.parent / "best" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_tensorboard_ends_with_the_command_that_started_it(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["tensorboard", "--artifacts_dir", str(tmp_path), "--port", str(port)]
+    with subprocess.Popen([sys.executable, "-m", "gpt2core.cli", *words], stderr=subprocess.PIPE, text=True) as command:
+        assert command.stderr
+        assert next(line for line in command.stderr if f"http://127.0.0.1:{port}" in line)
+        command.terminate()
+    assert taken("127.0.0.1", port) is None
