@@ -149,7 +149,7 @@ def test_a_cancel_saves_a_queue_shows_and_attempts_have_a_bound(
     assert (state.message or "").count("was killed by SIGKILL") == 2
     assert orchestration.state(cancelled) == "Cancelled"
     assert orchestration.run(cancelled).run_count == 1
-    orchestration.kill_worker(signal.SIGTERM)
+    orchestration.kill_worker()
 
 
 def test_a_run_whose_worker_and_flow_are_killed_goes_on_to_the_same_bits(

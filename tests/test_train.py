@@ -390,7 +390,7 @@ def test_missing_data_is_refused_with_the_command_that_makes_it(lab: Any, tmp_pa
 
 def test_too_little_disk_is_refused_before_a_step_is_trained(lab: Any, tmp_path: Path, train_here: Any) -> None:
     with pytest.raises(ValueError, match=r"GB free.*lower --keep_checkpoints"):
-        train_here(lab.flags(tmp_path, keep_checkpoints=10_000_000))
+        train_here(lab.flags(tmp_path, keep_checkpoints=10_000_000, steps_per_epoch=10_000_000))
     assert not (tmp_path / "tiny" / "metrics.jsonl").exists()
 
 
