@@ -100,6 +100,8 @@ def read_config(path: Location) -> RunConfig:
         raise ValueError(f"{path}: there is no such configuration file") from None
     except ValidationError as error:
         raise ValueError(f"{path}: {first_error(error)}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: it is not UTF-8") from None
 
 
 NON_FINITE = 3  # exit code of a run that stopped because its gradients are not finite

@@ -75,6 +75,6 @@ def under_way() -> None:
 def read(file: Path) -> Trainer | None:
     """What the last trainer of the run said of itself."""
     try:
-        return Trainer.model_validate_json(file.read_text(encoding="utf-8"))
+        return Trainer.model_validate_json(file.read_bytes())
     except (FileNotFoundError, ValidationError):
         return None

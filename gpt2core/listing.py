@@ -7,18 +7,21 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from gpt2core.checkpoint_folder import CheckpointFolder
 from gpt2core.storage import is_remote
 from gpt2core.storage import size as file_size
 
+NO_LIMIT = 1000  # characters, wider than any table of ours
+
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
-    """A table whose numbers line up on the right; None shows as a dash."""
+    """A table whose numbers line up on the right; None shows as a dash. Where room is short, the first column is folded."""
     made = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     for position, column in enumerate(columns):
-        made.add_column(column, justify="left" if position == 0 else "right", no_wrap=True)
+        made.add_column(column, justify="left" if position == 0 else "right", no_wrap=position > 0, overflow="fold")
     for row in rows:
         made.add_row(*("-" if cell is None else str(cell) for cell in row))
     return made
@@ -26,12 +29,23 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
 
 def show(made: Table) -> None:
     """Prints a table; where there is no terminal, as wide as it needs to be. A path in its title stays in one piece."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=160)
+    console = _console()
     title, made.title = made.title, None
     if title:
         console.print(title, style="bold", soft_wrap=True, highlight=False, markup=False)
     console.print(made)
+
+
+def fits(made: Table) -> bool:
+    """Whether the terminal, where there is one, is wide enough."""
+    console = _console()
+    needed = Measurement.get(console, console.options.update(width=NO_LIMIT), made).maximum
+    return needed <= console.width
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=NO_LIMIT)
 
 
 def number(value: float | None, digits: int = 4) -> str | None:

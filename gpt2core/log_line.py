@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 STEP = re.compile(r"(?:^| )step=(\d+) (.*)")
+ENDED_BY = "WARNING: training ended: "  # what log.txt has before the error that a trainer gave up with
 AS_TEXT = {"max_steps": "of", "eta_s": "eta"}  # shorter names than in metrics.jsonl
 
 

@@ -147,12 +147,17 @@ def published_at(location: Location) -> Published | None:
         raise ValueError(f"{pointer} does not say what is published there: publish again") from None
 
 
-def current_best(artifacts: Path) -> Contender | None:
-    """What artifacts/best/ holds, None when nothing was promoted yet."""
-    record = artifacts / "best" / "promotion.json"
-    if not record.exists():
-        return None
+def read_promotion(file: Path) -> Promotion | None:
+    """The decision in a promotion.json, None when there is no such file. Raises ValueError, naming it, when damaged."""
     try:
-        return Promotion.model_validate_json(record.read_text(encoding="utf-8")).candidate
+        return Promotion.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return None
     except ValidationError:
-        raise ValueError(f"{record} is no promotion record: restore it, or move {artifacts / 'best'} away") from None
+        raise ValueError(f"{file} is no promotion record: restore it, or move it away") from None
+
+
+def current_best(artifacts: Path) -> Contender | None:
+    """What artifacts/best/ holds, None when nothing was promoted yet. Raises ValueError when its record is damaged."""
+    decision = read_promotion(artifacts / "best" / "promotion.json")
+    return decision.candidate if decision else None

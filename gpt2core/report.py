@@ -72,13 +72,16 @@ def write_html(runs: list[RunFolder], path: Path) -> None:
     from gpt2core import curves
     from gpt2core.status import details, status_of
 
-    pictures = [curves.picture(curve, runs, file_format="svg").decode() for curve in curves.ALL]
+    told = [status_of(run) for run in runs]
+    readable = [run for run, status in zip(runs, told, strict=True) if status.state != "unreadable"]
+    pictures = [curves.picture(curve, readable, file_format="svg").decode() for curve in curves.ALL]
     parts = [svg[svg.index("<svg") :] for svg in pictures]
-    for run in runs:
+    for run, status in zip(runs, told, strict=True):
         parts.append(f"<h2>{html.escape(run.path.name)}</h2>")
-        parts.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in details(status_of(run))) + "</ul>")
-        parts.append(_html_table(epoch_rows(run)))
-        parts.append(f"<pre>{html.escape(run.config_file.read_text(encoding='utf-8'))}</pre>")
+        parts.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in details(status)) + "</ul>")
+        if run in readable:
+            parts.append(_html_table(epoch_rows(run)))
+            parts.append(f"<pre>{html.escape(run.config_file.read_text(encoding='utf-8'))}</pre>")
     title = html.escape(", ".join(run.path.name for run in runs))
     write_text(path, HTML.format(title=title, body="\n".join(parts)))
 

@@ -93,8 +93,14 @@ class RunFolder:
         return begun.model_copy(update={"train": begun.train.model_copy(update=end)})
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All that was logged, in order; a last line that a crash cut short is left out."""
-        return [line for line in read_json_lines(self.metrics_file) if line["step"] <= self.last_step]
+        """All that was logged, in order; a last line that a crash cut short is left out.
+
+        Raises ValueError, naming the file, when there is something else in it than measurements.
+        """
+        lines = list(read_json_lines(self.metrics_file))
+        if stray := [line for line in lines if not isinstance(line.get("step"), int)]:
+            raise ValueError(f"{self.metrics_file}: {stray[0]!r:.80} says no step; take the line out")
+        return [line for line in lines if line["step"] <= self.last_step]
 
 
 def _to_json(config: RunConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import socket
 import time
@@ -10,15 +11,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import ConfigDict
 
-from gpt2core import attempts, heartbeat, lock
+from gpt2core import attempts, heartbeat, lock, log_history
 from gpt2core.checkpoint_folder import LATEST, CheckpointFolder, epoch_name
 from gpt2core.config import RunConfig
 from gpt2core.flags import read_config
-from gpt2core.listing import age, number, show, size, table
+from gpt2core.listing import age, fits, number, show, size, table
 from gpt2core.log_line import short_duration
-from gpt2core.records import Contender, Promotion, Record, current_best
+from gpt2core.records import Contender, Record, current_best, read_promotion
 from gpt2core.report import evaluations
 from gpt2core.run_folder import RunFolder
 from gpt2core.shards import read_manifest
@@ -41,6 +42,8 @@ class StageStatus(Record):
 class RunStatus(Record):
     """What the files of a run say of it."""
 
+    model_config = ConfigDict(ser_json_inf_nan="null")  # programs read it
+
     run_name: str
     state: State
     alive: str | None = None  # who works on it
@@ -57,7 +60,7 @@ class RunStatus(Record):
     tokens_per_sec: float | None = None
     mfu: float | None = None
     eta_s: float | None = None
-    done_at: str | None = None  # when it will be done at this pace: UTC, ISO 8601; None when it is not alive
+    done_at: str | None = None  # when it will be done at this pace: UTC, ISO 8601; None when it makes no progress
     saved_step: int | None = None
     saved_s_ago: float | None = None
     checkpoint_bytes: int | None = None
@@ -83,16 +86,22 @@ def find_runs(artifacts: Path) -> list[RunFolder]:
     ]
 
 
-def status_of(folder: RunFolder) -> RunStatus:
-    name = folder.path.name
+def status_of(folder: RunFolder, is_end_of_flow: bool = False) -> RunStatus:
+    """What there is to say of a run; of one with a damaged file, which. At the end of its flow, which still holds the
+    run's lock, one whose steps are all done is done."""
     try:
-        config = read_config(folder.config_file)
-        resumes = attempts.resumes(folder)
-        ended = attempts.read(folder)[-1:]
-    except (ValueError, ValidationError) as error:
-        return RunStatus(run_name=name, state="unreadable", problem=str(error))
+        return _status_of(folder, is_end_of_flow)
+    except (ValueError, OSError) as error:
+        return RunStatus(run_name=folder.path.name, state="unreadable", problem=str(error))
+
+
+def _status_of(folder: RunFolder, is_end_of_flow: bool) -> RunStatus:
+    config = read_config(folder.config_file)
+    resumes, died_of = _history(folder)
     measured = _latest(folder)
     state, alive, beat_s_ago = _liveness(folder)
+    if is_end_of_flow and state == "between stages":
+        state, alive = "stopped", None
     max_steps = measured.get("max_steps") or _max_steps(config)
     step = measured.get("step")
     if state == "stopped" and step is not None and step == max_steps:
@@ -101,7 +110,7 @@ def status_of(folder: RunFolder) -> RunStatus:
     num_epochs = config.train.num_epochs
     warnings, num_warnings = _warnings(folder)
     return RunStatus(
-        run_name=name,
+        run_name=folder.path.name,
         state=state,
         alive=alive,
         beat_s_ago=beat_s_ago,
@@ -112,13 +121,13 @@ def status_of(folder: RunFolder) -> RunStatus:
         **{key: measured.get(key) for key in _MEASURED},
         best_val_loss=measured.get("best_val_loss"),
         eta_s=eta_s,
-        done_at=_in(eta_s) if alive and eta_s else None,
+        done_at=_in(eta_s) if alive and state != "silent" and eta_s else None,
         free_bytes=shutil.disk_usage(folder.path).free,
         **_saved(folder),
         resumes=len(resumes),
         steps_lost=sum(resume.steps_lost for resume in resumes),
         last_resume=resumes[-1] if resumes else None,
-        died_of=ended[0].error if ended and ended[0].outcome in ("failed", "stopped") else None,
+        died_of=died_of if state == "stopped" or (state == "between stages" and died_of != attempts.CUT_OFF) else None,
         warnings=tuple(warnings),
         num_warnings=num_warnings,
         stages=tuple(_stages(folder, config, step, max_steps)),
@@ -128,11 +137,32 @@ def status_of(folder: RunFolder) -> RunStatus:
 _MEASURED = ("loss", "val_loss", "acc_norm", "acc_norm_stderr", "tokens_per_sec", "mfu")
 
 
+def _history(folder: RunFolder) -> tuple[list[attempts.Resume], str | None]:
+    """All resumes, oldest first, and why the last attempt ended before it was done.
+
+    attempts.json knows of what the pipeline started, log.txt of the rest.
+    """
+    recorded = attempts.read(folder)
+    ended = log_history.starts(folder)
+
+    def is_recorded(at: str) -> bool:
+        return any(one.began_at <= at and (one.ended_at is None or at <= one.ended_at) for one in recorded)
+
+    others = [resume for resume in log_history.resumes(ended) if not is_recorded(resume.at)]
+    resumes = sorted([*attempts.resumes(folder), *others], key=lambda resume: resume.at)
+    if ended and not is_recorded(ended[-1].at) and (not recorded or ended[-1].at > recorded[-1].began_at):
+        return resumes, ended[-1].failure
+    if recorded and recorded[-1].outcome == "running":
+        return resumes, attempts.CUT_OFF
+    return resumes, recorded[-1].error if recorded else None
+
+
 def _latest(folder: RunFolder) -> dict[str, Any]:
     """The newest of each number; an evaluation may come after later steps."""
     in_order = sorted(folder.metrics(), key=lambda line: line["step"])
     latest = {name: value for line in in_order for name, value in line.items()}
     losses = [line["val_loss"] for line in in_order if "val_loss" in line and line["step"]]
+    losses = [loss for loss in losses if not math.isnan(loss)]
     return latest | ({"best_val_loss": min(losses)} if losses else {})
 
 
@@ -192,8 +222,7 @@ def _stages(folder: RunFolder, config: RunConfig, step: int | None, max_steps: i
     epochs = config.train.num_epochs
     ends = _epoch_ends(folder, epochs)
     latest = measured[max(measured)] if measured else None
-    decided = folder.promotion_file
-    promotion = Promotion.model_validate_json(decided.read_text("utf-8")) if decided.exists() else None
+    promotion = read_promotion(folder.promotion_file)
     return [
         StageStatus(stage="prepare", **_prepared(config)),
         StageStatus(
@@ -251,13 +280,19 @@ def print_status(artifacts: Path) -> None:
     if not found:
         print(f"no runs in {artifacts}")
         return
-    columns = ("run", "state", "step", "of", "train loss", "val loss", "acc_norm", "tokens/s", "to go", "saved", "age")
-    show(table(f"runs in {artifacts}", (*columns, "disk"), [_row(run) for run in found]))
+    title = f"runs in {artifacts}"
+    made = table(title, _row(found[0]), [_row(run).values() for run in found])
+    has_room = fits(made)
+    show(made if has_room else table(title, _narrow_row(found[0]), [_narrow_row(run).values() for run in found]))
     for run in found:
+        if not has_room and (rest := _rest(run)):
+            print(f"{run.run_name}: {rest}")
         for line in details(run):
             print(line)
-    best = current_best(artifacts)
-    print(promoted_line(best))
+    try:
+        print(promoted_line(current_best(artifacts)))
+    except ValueError as error:
+        print(f"promoted: unreadable: {error}")
 
 
 def promoted_line(best: Contender | None) -> str:
@@ -266,21 +301,37 @@ def promoted_line(best: Contender | None) -> str:
     return f"promoted: {best.run_name} step {best.step}, val_loss {best.val_loss:.4f}"
 
 
-def _row(run: RunStatus) -> tuple[Any, ...]:
-    return (
-        run.run_name,
-        run.state,
-        run.step,
-        run.max_steps,
-        number(run.loss),
-        number(run.val_loss),
-        number(run.acc_norm),
-        None if run.tokens_per_sec is None else f"{run.tokens_per_sec:,.0f}",
-        None if run.eta_s is None or run.state == "done" else short_duration(run.eta_s),
-        run.saved_step,
-        None if run.saved_s_ago is None else short_duration(run.saved_s_ago),
-        None if run.checkpoint_bytes is None else size(run.checkpoint_bytes),
-    )
+def _row(run: RunStatus) -> dict[str, Any]:
+    return {
+        "run": run.run_name,
+        "state": run.state,
+        "step": run.step,
+        "of": run.max_steps,
+        "train loss": number(run.loss),
+        "val loss": number(run.val_loss),
+        "acc_norm": number(run.acc_norm),
+        "tokens/s": None if run.tokens_per_sec is None else f"{run.tokens_per_sec:,.0f}",
+        "to go": None if run.eta_s is None or run.state == "done" else short_duration(run.eta_s),
+        "saved": run.saved_step,
+        "age": None if run.saved_s_ago is None else short_duration(run.saved_s_ago),
+        "disk": None if run.checkpoint_bytes is None else size(run.checkpoint_bytes),
+    }
+
+
+NARROW = ("run", "state", "step", "val loss", "to go", "age")  # what fits 80 characters
+
+
+def _narrow_row(run: RunStatus) -> dict[str, Any]:
+    row = _row(run)
+    if run.max_steps and run.step is not None:
+        row["step"] = f"{run.step} of {run.max_steps}"
+    return {name: row[name] for name in NARROW}
+
+
+def _rest(run: RunStatus) -> str:
+    """What a narrow row leaves out, in a line."""
+    left_out = {name: value for name, value in _row(run).items() if name not in (*NARROW, "of") and value is not None}
+    return ", ".join(f"{name} {value}" for name, value in left_out.items())
 
 
 def details(run: RunStatus) -> list[str]:
@@ -292,7 +343,9 @@ def details(run: RunStatus) -> list[str]:
         beat = "" if run.beat_s_ago is None else f", last sign of life {short_duration(run.beat_s_ago)} ago"
         said.append(f"{run.state}, by {run.alive}{beat}" + (f", done about {run.done_at}" if run.done_at else ""))
     elif run.state == "stopped":
-        said.append(f"not running; the last attempt: {run.died_of}" if run.died_of else "not running")
+        said.append("not running")
+    if run.died_of:
+        said[-1] += f"; the last attempt: {run.died_of}"
     if resume := run.last_resume:
         times = f"{run.resumes} time{'s' if run.resumes > 1 else ''}"
         said.append(

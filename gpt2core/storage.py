@@ -206,13 +206,23 @@ def fsync(path: Path) -> None:
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; what a crash cut short is left out, with what was appended to it."""
+    """The objects of a JSON-lines file; what a crash cut short is left out, with what was appended to it.
+
+    Raises ValueError, naming the file and the line, when there is something else in it.
+    """
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            with contextlib.suppress(json.JSONDecodeError):
-                yield json.loads(line)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            except UnicodeDecodeError:
+                raise ValueError(f"{path}, line {number}: it is not UTF-8; take the line out") from None
+            if not isinstance(value, dict):
+                raise ValueError(f"{path}, line {number}: {value!r:.80} is no JSON object; take the line out")
+            yield value
 
 
 @contextmanager

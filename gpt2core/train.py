@@ -10,7 +10,7 @@ import contextlib
 import faulthandler
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,12 +25,13 @@ from gpt2core.config import RunConfig
 from gpt2core.distributed import Ranks, StopRequest, make_deterministic
 from gpt2core.flags import Parser, add_recipe, add_settings, main_guard, run_config
 from gpt2core.launch import GRACE_S, die_with_parent, tell
+from gpt2core.log_line import ENDED_BY
 from gpt2core.metrics import MetricsLog
 from gpt2core.preflight import preflight
 from gpt2core.processes import Process
 from gpt2core.run_checkpoint import load_at
 from gpt2core.run_folder import RunFolder
-from gpt2core.storage import exists
+from gpt2core.storage import exists, first_line
 from gpt2core.trainer import Trainer, optimizer_of
 from gpt2core.watchdog import STACKS_SIGNAL, end_orphans
 
@@ -178,6 +179,31 @@ def _train(
     begun_at = trainer.step
     stop_step = trainer.steps_per_epoch * min(stop_epoch or config.train.num_epochs, config.train.num_epochs)
     stop_step = min(ranks.gather(stop_step))  # only the machine that leads the run may have been told an epoch
+    with _last_words(log):
+        _fit(trainer, stop_step, stop, log, saver)
+    if log:
+        if trainer.step == trainer.max_steps and trainer.step > begun_at:
+            results = {"loss": trainer.train_loss, "val_loss": trainer.val_loss, "best_val_loss": trainer.best_val_loss}
+            log.finish(trainer.step, {name: value for name, value in results.items() if value is not None})
+        log.say(f"at step {trainer.step} of {trainer.max_steps}")
+        log.close()
+    trainer.loader.close()
+    ranks.leave()
+
+
+@contextlib.contextmanager
+def _last_words(log: MetricsLog | None) -> Iterator[None]:
+    """Leaves the error that ends training in log.txt, too."""
+    try:
+        yield
+    except Exception as error:
+        if log:
+            log.note(f"{ENDED_BY}{first_line(error)}")
+        raise
+
+
+def _fit(trainer: Trainer, stop_step: int, stop: StopRequest, log: MetricsLog | None, saver: Saver | None) -> None:
+    """Trains; whatever ends it, what is being saved is saved to its end."""
     try:
         trainer.fit(stop_step, stop, log, saver)
     except torch.OutOfMemoryError as error:
@@ -188,14 +214,6 @@ def _train(
     finally:
         if saver:
             saver.finish()
-    if log:
-        if trainer.step == trainer.max_steps and trainer.step > begun_at:
-            results = {"loss": trainer.train_loss, "val_loss": trainer.val_loss, "best_val_loss": trainer.best_val_loss}
-            log.finish(trainer.step, {name: value for name, value in results.items() if value is not None})
-        log.say(f"at step {trainer.step} of {trainer.max_steps}")
-        log.close()
-    trainer.loader.close()
-    ranks.leave()
 
 
 def keep_compiled_kernels() -> None:

@@ -42,10 +42,10 @@ class Dashboard:
             beside(lambda: show_page(self.folder))
 
 
-def show_run(folder: RunFolder) -> None:
-    """All that the UI has of a run."""
+def show_run(folder: RunFolder, is_end_of_flow: bool = False) -> None:
+    """All that the UI has of a run; at the end of its flow that flow still holds the run's lock."""
     name = folder.path.name
-    show_page(folder)
+    show_page(folder, is_end_of_flow)
     if rows := epoch_rows(folder):
         create_table_artifact(rows, key=artifact_key("epochs", name), description=f"Epochs of {name}")
     if promotions := _promotions(folder.path.parent):
@@ -55,9 +55,11 @@ def show_run(folder: RunFolder) -> None:
     )
 
 
-def show_page(folder: RunFolder) -> None:
+def show_page(folder: RunFolder, is_end_of_flow: bool = False) -> None:
     name = folder.path.name
-    create_markdown_artifact(page(folder), key=artifact_key("dashboard", name), description=f"{name} in one look")
+    create_markdown_artifact(
+        page(folder, is_end_of_flow), key=artifact_key("dashboard", name), description=f"{name} in one look"
+    )
 
 
 def tensorboard_url() -> str:
@@ -65,11 +67,11 @@ def tensorboard_url() -> str:
     return os.environ.get("GPT2_TENSORBOARD_URL", "http://127.0.0.1:6006") + "/#custom_scalars"
 
 
-def page(folder: RunFolder) -> str:
+def page(folder: RunFolder, is_end_of_flow: bool = False) -> str:
     """Markdown, with the curves inside it."""
     from gpt2core import curves
 
-    run = status_of(folder)
+    run = status_of(folder, is_end_of_flow)
     parts = [f"# {run.run_name}: {headline(run)}", markdown_table(("run", run.run_name), _facts(run))]
     for curve in (curves.loss, curves.hellaswag, curves.speed):
         inline = base64.b64encode(curves.picture(curve, [folder], dpi=DPI)).decode()

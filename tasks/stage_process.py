@@ -34,9 +34,10 @@ class StageError(RuntimeError):
 
     @property
     def sentence(self) -> str:
-        """What ended, and the last that it said."""
-        lines = [line for line in str(self).splitlines() if line.strip()]
-        return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1].strip()}"
+        """What ended, and the last that it said of it: the steps and events of its log are no cause."""
+        first, *said = [line for line in str(self).splitlines() if line.strip()]
+        causes = [line.strip() for line in said if not TIMESTAMP.match(line) or "WARNING" in line]
+        return f"{first} {causes[-1]}" if causes else first.removesuffix(":")
 
 
 class StageRefusedError(ValueError):

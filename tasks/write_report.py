@@ -39,5 +39,5 @@ def write_report(artifacts_dir: str, run_name: str, stages: list[Stage] | None =
     rows = list(read_json_lines(file))
     create_table_artifact(rows, key=artifact_key("stages", run_name), description=f"Stages of {run_name}")
     show_resumes(folder)
-    show_run(folder)
+    show_run(folder, is_end_of_flow=stages is not None)
     return str(picture)

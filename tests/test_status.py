@@ -22,6 +22,7 @@ from gpt2core.config import RunConfig
 from gpt2core.preflight import preflight
 from gpt2core.run_folder import RunFolder
 from gpt2core.status import find_runs, status_of
+from tasks.stage_process import StageError
 
 pytestmark = pytest.mark.slow  # each starts trainers or looks at what they left
 
@@ -55,10 +56,14 @@ def test_status_of_a_run_from_its_start_over_a_kill_to_its_end(lab: Any, tmp_pat
         trainer.wait()
     stopped = status_of(folder)
     assert (stopped.state, stopped.alive, stopped.done_at) == ("stopped", None, None)
+    assert stopped.died_of == attempts.CUT_OFF
     assert stopped.saved_step is not None and stopped.step is not None and stopped.saved_step <= stopped.step
     in_a_pipe = lab.train([*lab.flags(tmp_path), "--resume", "latest"])
     assert "\x1b" not in in_a_pipe.stdout and f"step={lab.max_steps} loss=" in in_a_pipe.stdout
     done = status_of(folder)
+    assert done.resumes == 1 and done.last_resume and done.died_of is None
+    assert (done.last_resume.step, done.last_resume.why) == (stopped.saved_step, attempts.CUT_OFF)
+    assert done.steps_lost == stopped.step - stopped.saved_step
     assert (done.state, done.step, done.epoch) == ("done", lab.max_steps, 2)
     assert [(stage.stage, stage.done) for stage in done.stages] == [
         ("prepare", True),
@@ -86,6 +91,105 @@ def test_status_tells_what_the_last_attempt_died_of_and_what_was_warned(tiny: Pa
     (told,) = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert (told["state"], told["step"], told["died_of"]) == ("stopped", 7, "the GPU fell off the bus")
     assert (told["num_warnings"], told["resumes"], told["epoch"]) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_status_fits_the_terminal(tiny: Path, width: int, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    tiny.rename(tiny.parent / "a_run_with_a_long_name_of_its_own")
+    (metrics,) = tiny.parent.glob("*/metrics.jsonl")
+    with metrics.open("a") as lines:
+        lines.write('{"step": 81234, "loss": 9.5, "max_steps": 95365, "eta_s": 187200.0, "tokens_per_sec": 401234}\n')
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich's word for: this is a terminal
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert not gpt2("status", "--artifacts_dir", tiny.parent)
+    shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    (row,) = [line for line in shown.splitlines() if "stopped" in line and "81234" in line]
+    assert len(row) <= width and "2d04h" in row and "…" not in shown
+    assert ("81234 of 95365" in row) == (width == 80) and ("401,234" in row) == (width == 160)
+    assert ("train loss 9.5000, tokens/s 401,234, saved 24" in shown) == (width == 80)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("promotion.json", b"{"),
+        ("metrics.jsonl", b'{"step": 1}\n\xff\xfe\n'),
+        ("metrics.jsonl", b"5\n"),
+        ("metrics.jsonl", b"{}\n"),
+        ("config.json", b"\xff"),
+    ],
+)
+def test_a_damaged_file_takes_only_its_run_away(tiny: Path, lab: Any, name: str, content: bytes, capsys: Any) -> None:
+    other = lab.copy_run(tiny, tiny.parent, "other")
+    (other / name).write_bytes(content)
+    assert not gpt2("status", "--artifacts_dir", tiny.parent)
+    shown = capsys.readouterr().out
+    assert re.search(rf"^other: unreadable: .*{other / name}\b", shown, re.MULTILINE), shown
+    assert "tiny: done  train" in shown
+    assert not gpt2("report", "--artifacts_dir", tiny.parent)
+    page = (tiny.parent / "report.html").read_text()
+    assert f"{other / name}" in page and page.count("<svg") == 5 and page.count("<table>") == 1
+
+
+def test_damage_that_is_no_runs_is_told_beside_the_runs(tiny: Path, capsys: Any) -> None:
+    (tiny / "heartbeat.json").write_bytes(b"\xff")
+    (tiny.parent / "best").mkdir()
+    (tiny.parent / "best" / "promotion.json").write_bytes(b"\xff")
+    assert not gpt2("status", "--artifacts_dir", tiny.parent)
+    shown = capsys.readouterr().out
+    assert "tiny: done  train" in shown
+    assert f"promoted: unreadable: {tiny.parent / 'best' / 'promotion.json'} is no promotion record" in shown
+
+
+def test_a_trainer_that_gives_up_leaves_its_error_in_the_log(lab: Any, tmp_path: Path, capsys: Any) -> None:
+    failed = lab.run("gpt2core.train", [*lab.flags(tmp_path), "--max_lr", "1e30"])
+    assert failed.returncode == 3, failed.stderr
+    said = r"updates in a row had gradients that are not finite"
+    assert not gpt2("status", "--artifacts_dir", tmp_path)
+    shown = capsys.readouterr().out
+    assert re.search(rf"not running; the last attempt: step \d+: \d+ {said}", shown), shown
+    assert re.search(rf"WARNING: training ended: step \d+: \d+ {said}", shown)
+    assert not gpt2("status", "--artifacts_dir", tmp_path, "--json")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    told = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert told["loss"] is None and told["step"]
+
+
+def test_a_silent_trainer_has_no_end_in_sight_and_a_crash_between_stages_its_cause(tiny: Path, capsys: Any) -> None:
+    folder = RunFolder(tiny.parent, "tiny")
+    folder.metrics_file.write_text('{"step": 7, "loss": 9.5, "max_steps": 24, "eta_s": 100.0}\n')
+    with lock.hold(tiny / lock.LOCK_FILE):
+        assert status_of(folder).done_at
+        os.utime(folder.heartbeat_file, (0, 0))
+        silent = status_of(folder)
+        assert (silent.state, silent.done_at) == ("silent", None)
+    attempts.begin(folder, "flow")
+    attempts.end(folder, "failed", "the GPU fell off the bus")
+    with lock.hold(tiny / lock.FLOW_LOCK_FILE):
+        assert not gpt2("status", "--artifacts_dir", tiny.parent)
+    assert re.search(
+        r"tiny: between stages, by .*; the last attempt: the GPU fell off the bus$",
+        capsys.readouterr().out,
+        re.MULTILINE,
+    )
+
+
+def test_a_run_is_done_at_the_end_of_its_flow_though_that_holds_its_lock(tiny: Path) -> None:
+    folder = RunFolder(tiny.parent, "tiny")
+    with lock.hold(tiny / lock.FLOW_LOCK_FILE):
+        assert status_of(folder).state == "between stages"
+        ended = status_of(folder, is_end_of_flow=True)
+    assert (ended.state, ended.alive) == ("done", None)
+
+
+def test_the_cause_of_a_resume_is_no_step_line() -> None:
+    step = "2026-11-23 08:44:19 step=577 loss=8.5141 lr=0.00055"
+    killed = "python -m gpt2core.train was killed by SIGKILL"
+    assert StageError(f"{killed}:\n{step}").sentence == killed
+    assert StageError(f"{killed}:\nthe bus is gone\n{step}").sentence == f"{killed}: the bus is gone"
 
 
 # --- report ----------------------------------------------------------------------------------------------------------

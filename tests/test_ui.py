@@ -70,7 +70,7 @@ def test_what_the_browser_shows_of_a_run(
 
         dashboard = artifact_of(orchestration, run_id, "dashboard")
         shown = page.open(f"{ui}/artifacts/artifact/{dashboard.id}", "Epochs", "Resumes", "TensorBoard", height=1900)
-        assert f"{name}: between stages, 100%" in shown and "was killed by SIGKILL" in shown
+        assert f"{name}: done, 100%" in shown and "was killed by SIGKILL" in shown
         widths = page.evaluate("[...document.images].map(image => image.naturalWidth)")
         assert [width for width in widths if width == 560] == [560] * 3, "the curves are pictures that load"
         page.screenshot(images / "dashboard.png")
