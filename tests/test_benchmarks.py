@@ -32,7 +32,7 @@ def test_hellaswag_beside_one_example_at_a_time() -> None:
     assert float(last.removeprefix("ratio ")) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_what_watching_costs() -> None:
     out = run("monitoring", "--tiny", "--steps", "2")
     assert len(re.findall(r"^ *-?[\d.]+%  (?:each step|\d+ ms of|together)", out, re.MULTILINE)) == 4, out

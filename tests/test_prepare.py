@@ -591,7 +591,7 @@ def test_riptoken_makes_the_same_bytes_and_is_checked(dataset, corpus, tmp_path,
     refused("riptoken gives other tokens than tiktoken", tmp_path / "wrong", corpus, encoder="riptoken")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_huge_documents_and_files_stay_under_a_gigabyte_a_process(tmp_path):
     """100 MB in one document of each format: the tokens are those of its parts, for it is cut between words only."""
     sentence = "The quick brown fox, naïve as ever, jumps over 12 lazy dogs.\n"

@@ -383,7 +383,7 @@ def remote_flags(bucket: Bucket, lab: Any, tmp_path: Path) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_a_run_on_remote_shards_is_the_run_on_local_ones(
     lab: Any, remote_flags: Any, tmp_path: Path, nproc: int, request: pytest.FixtureRequest
 ) -> None:
@@ -396,7 +396,7 @@ def test_a_run_on_remote_shards_is_the_run_on_local_ones(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_a_run_with_room_for_two_shards_keeps_to_it(bucket: Bucket, lab: Any, tmp_path: Path, nproc: int) -> None:
     """As many steps as take it through four shards; another run reads the same shards from a local folder."""
     folder = tmp_path / "small"
