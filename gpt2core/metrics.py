@@ -24,7 +24,7 @@ class MetricsLog:
         folder.log_file.parent.mkdir(parents=True, exist_ok=True)
         if resume_at is not None:  # else another process may be writing it: only append
             # a run that starts afresh measures step 0 again
-            kept = [line for line in folder.metrics() if line["step"] <= resume_at and resume_at]
+            kept = [line for line in folder.metrics(lenient=True) if line["step"] <= resume_at and resume_at]
             write_text(folder.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = folder.metrics_file.open("a", encoding="utf-8", buffering=1)
         self._text = folder.log_file.open("a", encoding="utf-8", buffering=1)

@@ -92,15 +92,16 @@ class RunFolder:
         end = {name: getattr(wanted, name) for name in ("num_epochs", "decay_epochs", "min_lr")}
         return begun.model_copy(update={"train": begun.train.model_copy(update=end)})
 
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self, lenient: bool = False) -> list[dict[str, Any]]:
         """All that was logged, in order; a last line that a crash cut short is left out.
 
-        Raises ValueError, naming the file, when there is something else in it than measurements.
+        Raises ValueError, naming the file, when there is something else in it than measurements; `lenient` leaves that out.
         """
-        lines = list(read_json_lines(self.metrics_file))
-        if stray := [line for line in lines if not isinstance(line.get("step"), int)]:
+        lines = list(read_json_lines(self.metrics_file, lenient))
+        stray = [line for line in lines if not isinstance(line.get("step"), int)]
+        if stray and not lenient:
             raise ValueError(f"{self.metrics_file}: {stray[0]!r:.80} says no step; take the line out")
-        return [line for line in lines if line["step"] <= self.last_step]
+        return [line for line in lines if line not in stray and line["step"] <= self.last_step]
 
 
 def _to_json(config: RunConfig) -> str:

@@ -205,10 +205,10 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_json_lines(path: Path, lenient: bool = False) -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file; what a crash cut short is left out, with what was appended to it.
 
-    Raises ValueError, naming the file and the line, when there is something else in it.
+    Raises ValueError, naming the file and the line, when there is something else in it; `lenient` leaves that out, too.
     """
     if not path.exists():
         return
@@ -219,10 +219,13 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
             except json.JSONDecodeError:
                 continue
             except UnicodeDecodeError:
+                if lenient:
+                    continue
                 raise ValueError(f"{path}, line {number}: it is not UTF-8; take the line out") from None
-            if not isinstance(value, dict):
+            if isinstance(value, dict):
+                yield value
+            elif not lenient:
                 raise ValueError(f"{path}, line {number}: {value!r:.80} is no JSON object; take the line out")
-            yield value
 
 
 @contextmanager

@@ -336,7 +336,7 @@ def test_logs_cut_short_by_a_crash_do_not_keep_the_run_from_going_on(
     lab: Any, first_epoch: Path, tmp_path: Path, train_here: Callable[[list[str]], None]
 ) -> None:
     run = lab.copy_run(first_epoch, tmp_path)
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 13, "loss": 10.1}\n{"step": 14, "lo')
+    with (run / "metrics.jsonl").open("ab") as file:  # and blocks that the disk never got
+        file.write(b'{"step": 13, "loss": 10.1}\n\xff\xfe\n5\n{}\n{"step": 14, "lo')
     train_here([*lab.flags(tmp_path), "--resume", "latest"])
     assert list(lab.logged(run, "loss")) == list(range(1, lab.max_steps + 1))
