@@ -65,6 +65,7 @@ def test_status_shows_the_newest_step_and_takes_the_promoted_model_for_no_run(tm
     folder.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}', encoding="utf-8")
+    (tmp_path / "best" / "model.safetensors").touch()
     print_status(tmp_path)
     shown = capsys.readouterr().out
     row = next(line for line in shown.splitlines() if "demo" in line and "80" in line)
