@@ -255,9 +255,13 @@ def _torchrun() -> None:
 
 def _first_to_fail(failures: Mapping[int, Any]) -> str:
     """The rank that the others followed, with its traceback if it left one; of those that ended in the same second, one
-    that a signal killed."""
+    that a signal killed, but for SIGTERM, with which torchrun ends the others."""
     soonest = min(failure.timestamp for failure in failures.values())
-    rank, first = min(failures.items(), key=lambda item: (item[1].timestamp > soonest + 1, item[1].exitcode >= 0))
+
+    def order(failure: Any) -> tuple[bool, bool, bool]:
+        return failure.timestamp > soonest + 1, failure.exitcode == -signal.SIGTERM, failure.exitcode >= 0
+
+    rank, first = min(failures.items(), key=lambda item: order(item[1]))
     ended = f"was killed by {first.signal_name()}" if first.exitcode < 0 else f"ended with exit code {first.exitcode}"
     sentence = f"{FIRST_TO_FAIL}{rank}: it {ended}"
     if isinstance(first.message, dict):  # as `record` in the rank's main wrote it
