@@ -11,7 +11,7 @@ from gpt2core.config import PromotionConfig
 from gpt2core.flags import as_flags
 from gpt2core.records import Promotion, Stage
 from gpt2core.run_folder import RunFolder
-from tasks.artifacts import beside
+from tasks.artifacts import LAST_UPDATE_S, beside
 from tasks.dashboard import show_run
 from tasks.stage_process import run_stage, worth_a_retry
 
@@ -34,7 +34,7 @@ def promote_best(
     folder = RunFolder(artifacts_dir, run_name)
     decision = Promotion.model_validate_json(folder.promotion_file.read_text("utf-8"))
     score = decision.candidate.hellaswag
-    beside(lambda: show_run(folder))
+    beside(lambda: show_run(folder)).join(LAST_UPDATE_S)  # what the report shows comes after it
     return Stage(
         stage="promote best",
         duration_s=time.perf_counter() - started,
