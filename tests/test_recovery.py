@@ -7,7 +7,6 @@ real recovery has, are in test_recovery_soak.py.
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -176,4 +175,4 @@ def test_a_run_whose_worker_and_flow_are_killed_goes_on_to_the_same_bits(
     (resume,) = attempts.resumes(RunFolder(tmp_path, "tiny"))
     assert resume.step >= 3
     assert (resume.steps_lost, resume.why) == (0, attempts.CUT_OFF)
-    orchestration.kill_worker(signal.SIGTERM)
+    orchestration.kill_worker()
