@@ -64,6 +64,7 @@ class RunStatus(Record):
     saved_step: int | None = None
     saved_s_ago: float | None = None
     checkpoint_bytes: int | None = None
+    unreachable: str | None = None  # why the checkpoints' storage could not be asked
     free_bytes: int | None = None
     resumes: int = 0
     steps_lost: int = 0
@@ -187,8 +188,8 @@ def _saved(folder: RunFolder) -> dict[str, Any]:
     try:
         saved = checkpoints.find(LATEST)
         stored = checkpoints.disk_bytes()
-    except (ConnectionError, ValueError):  # of remote storage; the rest is still worth a look
-        return {}
+    except (ConnectionError, ValueError) as error:  # of remote storage; the rest is still worth a look
+        return {"unreachable": str(error)}
     if saved is None:
         return {"checkpoint_bytes": stored}
     since = (datetime.now(UTC) - datetime.fromisoformat(saved.sidecar.saved_at)).total_seconds()
@@ -346,6 +347,8 @@ def details(run: RunStatus) -> list[str]:
         said.append("not running")
     if run.died_of:
         said[-1] += f"; the last attempt: {run.died_of}"
+    if run.unreachable:
+        said.append(f"its checkpoints are unreachable: {run.unreachable}")
     if resume := run.last_resume:
         times = f"{run.resumes} time{'s' if run.resumes > 1 else ''}"
         said.append(
