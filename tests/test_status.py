@@ -162,6 +162,7 @@ def test_a_silent_trainer_has_no_end_in_sight_and_a_crash_between_stages_its_cau
     folder = RunFolder(tiny.parent, "tiny")
     folder.metrics_file.write_text('{"step": 7, "loss": 9.5, "max_steps": 24, "eta_s": 100.0}\n')
     with lock.hold(tiny / lock.LOCK_FILE):
+        os.utime(folder.heartbeat_file)
         assert status_of(folder).done_at
         os.utime(folder.heartbeat_file, (0, 0))
         silent = status_of(folder)
