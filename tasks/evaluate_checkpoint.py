@@ -26,11 +26,11 @@ def is_there(artifacts_dir: str, run_name: str, checkpoint: str) -> bool:
 
 
 def candidates(artifacts_dir: str, run_name: str, epoch: int) -> list[str]:
-    """What the end of an epoch adds to measure for promotion: its checkpoint, and the best one when that is another."""
+    """What the end of an epoch adds to measure for promotion: its checkpoint, and the best one when that is an earlier."""
     checkpoints = CheckpointFolder(RunFolder(artifacts_dir, run_name).checkpoints)
     of_epoch, best = checkpoints.find(epoch_name(epoch)), checkpoints.find(BEST)
-    is_another = of_epoch and best and best.sidecar.sha256 != of_epoch.sidecar.sha256
-    return [epoch_name(epoch), *["best"] * bool(is_another)]
+    is_earlier = of_epoch and best and best.sidecar.step < of_epoch.sidecar.step
+    return [epoch_name(epoch), *["best"] * bool(is_earlier)]
 
 
 @task(

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2core.checkpoint_folder import CheckpointFolder
 from gpt2core.config import ModelConfig
 from gpt2core.evaluate import add_arguments, describe, evaluate
 from gpt2core.export import export_huggingface
@@ -283,8 +282,12 @@ def test_two_ranks_get_what_one_gets(run: Path, lab: Any, hellaswag: Path) -> No
     assert (two.hellaswag.acc, two.hellaswag.acc_norm) == (one.hellaswag.acc, one.hellaswag.acc_norm)
 
 
-def test_the_best_checkpoint_is_measured_too_where_it_is_not_the_epochs(run: Path) -> None:
-    best = CheckpointFolder(run / "checkpoints").find("best_model")
-    assert best and best.sidecar.step == 24
-    assert candidates(str(run.parent), "tiny", 2) == ["epoch_00002"]
-    assert candidates(str(run.parent), "tiny", 1) == ["epoch_00001", "best"]
+def test_the_best_checkpoint_is_measured_too_where_it_is_earlier_than_the_epochs(run: Path) -> None:
+    folder = run / "checkpoints"
+    assert [candidates(str(run.parent), "tiny", epoch) for epoch in (1, 2)] == [["epoch_00001"], ["epoch_00002"]]
+    for kind in (".pt", ".json"):
+        (folder / f"rolling_step_000022{kind}").replace(folder / f"best_model{kind}")
+    assert [candidates(str(run.parent), "tiny", epoch) for epoch in (1, 2)] == [
+        ["epoch_00001"],
+        ["epoch_00002", "best"],
+    ]
