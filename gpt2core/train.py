@@ -321,3 +321,8 @@ if __name__ == "__main__":
         if end.code and "WORLD_SIZE" in os.environ:
             _end_at_once(end.code)
         raise
+    except Exception:
+        if "WORLD_SIZE" in os.environ:
+            sys.excepthook(*sys.exc_info())
+            _end_at_once(1)
+        raise

@@ -65,6 +65,9 @@ def main() -> None:
     began = time.perf_counter()
     questions = Questions.of(examples, "build-nanogpt", shape.context_length)
     print(f"{device.type}, {arguments.size}, {len(examples)} examples, encoded in {time.perf_counter() - began:.2f} s")
+    shared, apart = sum(map(len, questions.rows)), sum(len(row.context) * 4 for row in questions.rows)
+    apart += sum(len(ending) for row in questions.rows for ending in row.endings)
+    print(f"{shared:,} tokens to compute, {apart:,} with the context anew for each ending", flush=True)
     ways: dict[str, tuple[int, Callable[[], object]]] = {
         "ours": (len(examples), lambda: evaluate_hellaswag(model, questions, Ranks(0, 1, device))),
         "one at a time": (
