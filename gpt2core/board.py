@@ -10,6 +10,7 @@ A resume purges what a crashed attempt wrote beyond its checkpoint (`purge_step`
 from __future__ import annotations
 
 import math
+import re
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,7 @@ def bounds(values: dict[str, float]) -> dict[str, float]:
 
 def _as_code(text: str) -> str:
     """Markdown that shows the text as it is."""
-    return "\n".join("    " + line for line in text.splitlines())
+    return "\n".join("    " + line for line in re.split("\r\n?|\n", text))
 
 
 def histogram(tensor: Tensor) -> tuple[Any, ...] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,7 +127,11 @@ def generate(argv: list[str]) -> None:
 
 
 def _read_prompts(file: Path) -> list[str]:
-    prompts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = re.split("\r?\n", file.read_bytes().decode())  # U+2028 and other such signs are text of a prompt
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: it is not UTF-8 ({error.reason} at byte {error.start})") from None
+    prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{file}: there is no prompt in it, one a line is needed")
     return prompts

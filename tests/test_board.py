@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
-from gpt2core.board import FRONT_PAGE, LIVE_METRICS, write_evaluations
+from gpt2core.board import FRONT_PAGE, LIVE_METRICS, Board, write_evaluations
+from gpt2core.config import RunConfig
 from gpt2core.records import Evaluation, HellaSwagScore
 from gpt2core.run_folder import RunFolder
 
@@ -93,6 +94,16 @@ def test_evaluations_show_in_the_order_of_their_steps_each_once(tmp_path: Path) 
     points = scalars(found, OF_CHECKPOINTS, "loss/val")
     assert [step for step, _ in points] == [10, 20, 40] and [value for _, value in points] == values
     assert [step for step, _ in scalars(found, OF_CHECKPOINTS, "hellaswag/acc_norm_lower")] == [10, 20, 40]
+
+
+def test_a_sample_has_the_lines_of_its_text(tmp_path: Path) -> None:
+    board = Board(tmp_path, RunConfig(), resume_at=0)
+    board.samples(1, ["one\u2028and\r\ntwo\r\x85\n"])
+    board.close()
+    found = EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    found.Reload()
+    (event,) = found.Tensors(".", "sample/1/text_summary")
+    assert event.tensor_proto.string_val[0].decode() == "    one\u2028and\n    two\n    \x85\n    "
 
 
 @pytest.fixture(scope="module")

@@ -275,16 +275,20 @@ def test_export_writes_what_transformers_loads(tiny: Path, lab: Any, tmp_path: P
 
 def test_generate_answers_a_file_of_prompts(tiny: Path, tmp_path: Path, capsys: Any) -> None:
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("First Citizen:\n\nÉtats, à\nWhat\n", encoding="utf-8")
+    asked = ["First Citizen:", "États,\u2028à\x85\x0c\rla", "What"]  # only a newline parts prompts
+    prompts.write_bytes("{}\n\n{}\r\n{}\n".format(*asked).encode())
     command = ["generate", "--prompts", prompts, *TINY, tiny.parent, "--device", "cpu", "--max_new_tokens", "8"]
     for batch_size in (1, 2):
         assert gpt2(*command, "--samples", "2", "--batch_size", batch_size) == 0
-    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [answer["prompt"] for answer in answers[:3]] == ["First Citizen:", "États, à", "What"]
+    answers = [json.loads(line) for line in capsys.readouterr().out.strip().split("\n")]
+    assert [answer["prompt"] for answer in answers[:3]] == asked
     assert all(text.startswith(answer["prompt"]) for answer in answers for text in answer["texts"])
     assert answers[:3] == answers[3:] and len(answers[0]["texts"]) == 2
     prompts.write_text("\n")
     with pytest.raises(ValueError, match="there is no prompt in it"):
+        gpt2(*command)
+    prompts.write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"prompts\.txt: it is not UTF-8 \(.* at byte 3\)"):
         gpt2(*command)
 
 
