@@ -19,13 +19,13 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from gpt2core.config import first_error
 from gpt2core.distributed import Ranks
@@ -38,6 +38,13 @@ HUB_TIMEOUT_S = 10.0
 ENDINGS = 4
 
 
+def _label(value: object) -> object:
+    """Raises ValueError for what Python or pydantic would take for a number, such as true, 1.0 and " 1"."""
+    if type(value) is int or value in [str(number) for number in range(ENDINGS)]:
+        return value
+    raise ValueError(f"the number of the right ending, 0 to {ENDINGS - 1}, is needed, got {json.dumps(value, default=str)}")
+
+
 class Example(BaseModel):
     """One question: a context, four endings, and which of them is right."""
 
@@ -45,7 +52,7 @@ class Example(BaseModel):
 
     ctx: str = Field(pattern=r"\S")
     endings: list[Annotated[str, Field(min_length=1)]] = Field(min_length=ENDINGS, max_length=ENDINGS)
-    label: int = Field(ge=0, lt=ENDINGS)
+    label: Annotated[int, BeforeValidator(_label), Field(ge=0, lt=ENDINGS)]
     activity_label: str | None = None
     ctx_a: str | None = None
     ctx_b: str | None = None
@@ -92,11 +99,11 @@ def load_hellaswag(source: str) -> list[Example]:
     """
     rows = _jsonl_rows(source) if is_file(source) else _hub_rows(source)
     examples = []
-    for number, row in enumerate(rows, start=1):
+    for where, row in rows:
         try:
             examples.append(Example.model_validate(row))
         except ValidationError as error:
-            raise ValueError(f"HellaSwag {source}, example {number}: {first_error(error)}") from None
+            raise ValueError(f"HellaSwag {source}, {where}: {first_error(error)}") from None
     if not examples:
         raise ValueError(f"HellaSwag {source} holds no examples")
     return examples
@@ -110,7 +117,7 @@ def fingerprint(examples: list[Example]) -> str:
     return hashed.hexdigest()
 
 
-def _jsonl_rows(source: str) -> Iterator[Any]:
+def _jsonl_rows(source: str) -> Iterator[tuple[str, Any]]:
     import fsspec
 
     try:
@@ -119,27 +126,29 @@ def _jsonl_rows(source: str) -> Iterator[Any]:
                 if not line.strip():
                     continue
                 try:
-                    yield json.loads(line)
+                    yield f"line {number}", json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"HellaSwag {source}, example {number}: not JSON ({error})") from None
+                    raise ValueError(f"HellaSwag {source}, line {number}: not JSON ({error})") from None
     except (OSError, ImportError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(
             f"HellaSwag {source}: cannot be read ({error}); give the path or URL of a jsonl file"
         ) from None
 
 
-def _hub_rows(source: str) -> Iterable[Any]:
+def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
     import datasets
     from huggingface_hub import HfApi
 
     try:
         HfApi().dataset_info(source, timeout=HUB_TIMEOUT_S)  # answers at once where load_dataset would keep trying
-        return datasets.load_dataset(source, split="validation")
+        rows = datasets.load_dataset(source, split="validation")
     except Exception as error:  # the hub's client raises a dozen kinds, and each means the same to the user
         raise ValueError(
             f"HellaSwag {source} cannot be had from the Hugging Face hub ({type(error).__name__}); "
             f"check the network, or give --hellaswag the path or URL of a jsonl file"
         ) from None
+    for number, row in enumerate(rows, start=1):
+        yield f"example {number}", row
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def test_other_examples_under_the_same_name_are_measured_anew(measure: Any, hell
     second = measure("latest", "--hellaswag", changing)
     assert first.hellaswag.fingerprint != second.hellaswag.fingerprint
     changing.write_text("broken now", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"changing\.jsonl, example 1: not JSON"):
+    with pytest.raises(ValueError, match=r"changing\.jsonl, line 1: not JSON"):
         measure("latest", "--hellaswag", changing)
 
 

@@ -146,6 +146,11 @@ def test_labels_written_as_text_and_gzip_are_read(tmp_path):
         (GOOD | {"label": 4}, "label"),
         (GOOD | {"label": -1}, "label"),
         (GOOD | {"label": ""}, "label"),
+        (GOOD | {"label": True}, "label: the number of the right ending, 0 to 3, is needed, got true"),
+        (GOOD | {"label": 1.0}, "label: the number .* got 1.0"),
+        (GOOD | {"label": "1.0"}, 'label: the number .* got "1.0"'),
+        (GOOD | {"label": " 1"}, "label"),
+        (GOOD | {"label": None}, "label: the number .* got null"),
         (GOOD | {"endings": ["a", "b", "c"]}, "endings"),
         (GOOD | {"endings": ["a", "b", "c", "d", "e"]}, "endings"),
         (GOOD | {"endings": ["a", "b", "c", None]}, "endings"),
@@ -157,9 +162,9 @@ def test_labels_written_as_text_and_gzip_are_read(tmp_path):
         ([1, 2], ""),
     ],
 )
-def test_a_malformed_example_is_refused_with_its_number(tmp_path, bad, said):
-    path = write(tmp_path / "h.jsonl", GOOD, GOOD, bad, GOOD)
-    with pytest.raises(ValueError, match=rf"h\.jsonl, example 3: .*{said}") as caught:
+def test_a_malformed_example_is_refused_with_its_line(tmp_path, bad, said):
+    path = write(tmp_path / "h.jsonl", GOOD, "", bad, GOOD)
+    with pytest.raises(ValueError, match=rf"h\.jsonl, line 3: .*{said}") as caught:
         load_hellaswag(path)
     assert type(caught.value) is ValueError
     assert "\n" not in str(caught.value)
