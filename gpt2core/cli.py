@@ -158,8 +158,9 @@ def export(argv: list[str]) -> None:
     checkpoint = _load(arguments)
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as building:  # whole, or not there at all
-        export_huggingface(checkpoint.state["model"], checkpoint.config.model, Path(building) / target.name)
-        (Path(building) / target.name).rename(target)
+        whole = Path(building) / target.name
+        export_huggingface(checkpoint.state["model"], checkpoint.config.model, whole, checkpoint.name)
+        whole.rename(target)
     print(f"{folder} holds {checkpoint.name} as transformers' AutoModelForCausalLM and AutoTokenizer load it")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save
@@ -27,11 +28,27 @@ def huggingface_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def export_huggingface(state_dict: dict[str, Tensor], model: ModelConfig, folder: Path) -> None:
-    """Writes a folder that AutoModelForCausalLM and AutoTokenizer load as it is."""
+def check_finite(weights: Mapping[str, Tensor], where: object) -> None:
+    """Raises ValueError, naming `where` and the tensor, for weights with NaN or infinity in them."""
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            count = tensor.numel() - int(tensor.isfinite().sum())
+            raise ValueError(
+                f"{where}: {name} has {count:,} of {tensor.numel():,} values that are NaN or infinite: "
+                f"the file is damaged, or the training diverged; take an earlier checkpoint"
+            )
+
+
+def export_huggingface(state_dict: dict[str, Tensor], model: ModelConfig, folder: Path, origin: object) -> None:
+    """Writes a folder that AutoModelForCausalLM and AutoTokenizer load as it is.
+
+    Raises ValueError, naming the `origin` of the weights, when they are not all finite.
+    """
+    weights = huggingface_state_dict(state_dict)
+    check_finite(weights, origin)
     folder.mkdir(parents=True, exist_ok=True)
     with publish(folder / "model.safetensors") as file:  # save_file's is for its owner's eyes alone
-        file.write(save(huggingface_state_dict(state_dict), metadata={"format": "pt"}))
+        file.write(save(weights, metadata={"format": "pt"}))
     write_json(
         folder / "config.json",
         {

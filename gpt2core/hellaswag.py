@@ -42,7 +42,9 @@ def _label(value: object) -> object:
     """Raises ValueError for what Python or pydantic would take for a number, such as true, 1.0 and " 1"."""
     if type(value) is int or value in [str(number) for number in range(ENDINGS)]:
         return value
-    raise ValueError(f"the number of the right ending, 0 to {ENDINGS - 1}, is needed, got {json.dumps(value, default=str)}")
+    raise ValueError(
+        f"the number of the right ending, 0 to {ENDINGS - 1}, is needed, got {json.dumps(value, default=str)}"
+    )
 
 
 class Example(BaseModel):

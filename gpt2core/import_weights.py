@@ -21,7 +21,7 @@ from gpt2core import lock
 from gpt2core.checkpoint import save_alone
 from gpt2core.checkpoint_folder import BEST, FORMAT, Checkpoint, CheckpointFolder
 from gpt2core.config import VOCAB_SIZE, ModelConfig, RunConfig, TrainConfig, first_error
-from gpt2core.export import TRANSPOSED, huggingface_state_dict
+from gpt2core.export import TRANSPOSED, check_finite, huggingface_state_dict
 from gpt2core.model import GPT
 from gpt2core.run_folder import RunFolder
 from gpt2core.storage import Location, file_sizes, first_line, is_remote, join, local_path, read_bytes, read_text, size
@@ -103,10 +103,11 @@ def config_of(model: ModelConfig, run_name: str = "imported", artifacts_dir: str
 def read_huggingface(folder: Location) -> tuple[Weights, ModelConfig]:
     """The weights and shape in a folder of transformers' GPT2LMHeadModel, such as OpenAI's.
 
-    Raises ValueError when it is no GPT-2, or not a whole one.
+    Raises ValueError when it is no GPT-2, not a whole one, or one with NaN or infinity in it.
     """
-    model = _huggingface_shape(folder)
-    return from_huggingface(_read_tensors(folder), model, str(folder)), model
+    model, tensors = _huggingface_shape(folder), _read_tensors(folder)
+    check_finite(tensors, folder)
+    return from_huggingface(tensors, model, str(folder)), model
 
 
 def from_huggingface(tensors: Mapping[str, Tensor], model: ModelConfig, where: str) -> Weights:
@@ -215,7 +216,7 @@ def _load_pickle(location: Location) -> Weights:
 def read_llmc(path: Location) -> tuple[Weights, ModelConfig]:
     """The weights and shape in a checkpoint that llm.c or its train_gpt2.py wrote, in fp32 or bf16.
 
-    Raises ValueError when it is none, or not a whole one.
+    Raises ValueError when it is none, not a whole one, or one with NaN or infinity in it.
     """
     try:
         header = np.frombuffer(read_bytes(path, 0, LLMC_HEADER_BYTES), "<i4")
@@ -236,7 +237,9 @@ def read_llmc(path: Location) -> tuple[Weights, ModelConfig]:
             f"{path}: its vocabulary has {vocab_size} tokens, padded to {padded}, and GPT-2's has {VOCAB_SIZE}"
         )
     model = _shape(path, context_length, num_layers, embd_size, num_heads)
-    return _read_stacks(path, model, padded, LLMC_DTYPES[version]), model
+    weights = _read_stacks(path, model, padded, LLMC_DTYPES[version])
+    check_finite(weights, path)
+    return weights, model
 
 
 def _read_stacks(path: Location, model: ModelConfig, padded: int, dtype: torch.dtype) -> Weights:

@@ -106,7 +106,7 @@ def promote(
                 break
             if state := _load(folder, candidate.checkpoint):
                 decision = decision.model_copy(update=_origin(models, candidate, state))
-                models.add(decision, _builder(folder, candidate.evaluation, state, decision))
+                models.add(decision, _builder(folder, candidate, state, decision))
                 break
         else:
             raise BlockingIOError(f"{folder.checkpoints} changed whenever it was read: try again")
@@ -286,13 +286,14 @@ def _origin(models: PromotedModels, candidate: Candidate, state: dict[str, Any])
 
 
 def _builder(
-    folder: RunFolder, evaluation: Evaluation, state: dict[str, Any], decision: Promotion
+    folder: RunFolder, candidate: Candidate, state: dict[str, Any], decision: Promotion
 ) -> Callable[[Path], None]:
     """What fills the folder of a promoted model."""
+    evaluation, location = candidate.evaluation, candidate.checkpoint.location
     run = folder.until(evaluation.step)
 
     def build(target: Path) -> None:
-        export_huggingface(state["model"], ModelConfig.model_validate(state["config"]["model"]), target)
+        export_huggingface(state["model"], ModelConfig.model_validate(state["config"]["model"]), target, location)
         write_json(target / "training_config.json", state["config"])
         write_text(target / "evaluation.json", evaluation.model_dump_json(indent=2) + "\n")
         write_text(target / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in run.metrics()))

@@ -92,7 +92,7 @@ def test_a_path_is_measured_once_and_its_result_lies_beside_it(measure: Any, run
 
 def test_a_folder_of_transformers_is_measured(measure: Any, run: Path, lab: Any, tmp_path: Path) -> None:
     state = torch.load(run / "checkpoints" / "latest.pt", weights_only=True)
-    export_huggingface(state["model"], ModelConfig.model_validate(state["config"]["model"]), tmp_path / "hf")
+    export_huggingface(state["model"], ModelConfig.model_validate(state["config"]["model"]), tmp_path / "hf", "latest")
     on = ["--data_dir", lab.data_dir, "--val_tokens", "1024"]
     assert measure(tmp_path / "hf", *on).val_loss == pytest.approx(measure("latest", *on).val_loss, abs=1e-5)
     assert list(tmp_path.glob("hf.evaluation_*.json"))

@@ -31,8 +31,16 @@ def model():
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "new" / "folder"
-    export_huggingface(model.state_dict(), SHAPE, folder)
+    export_huggingface(model.state_dict(), SHAPE, folder, "model")
     return folder
+
+
+def test_weights_that_are_not_finite_are_not_exported(model, tmp_path):
+    weights = dict(model.state_dict())
+    weights["transformer.ln_f.bias"] = torch.full((32,), torch.nan)
+    with pytest.raises(ValueError, match=r"^epoch_00003: transformer\.ln_f\.bias has 32 of 32 values that are NaN"):
+        export_huggingface(weights, SHAPE, tmp_path / "exported", "epoch_00003")
+    assert not (tmp_path / "exported").exists()
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,14 @@ def spoil(folder: Path, what: str) -> None:
             config["n_positions"] = 32
         case "an untied head":
             save_file(tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1}, weights)
+        case "a NaN":
+            tensors["transformer.h.1.mlp.c_fc.bias"][3] = torch.nan
+            save_file(tensors, weights)
+        case "an infinity in a tied head":
+            weights.unlink()
+            tensors["transformer.wte.weight"][50256, :2] = -torch.inf
+            tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+            torch.save(tensors, folder / "pytorch_model.bin")
         case "a missing part":
             weights.unlink()
             (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part_1.safetensors"}}')
@@ -197,6 +206,8 @@ SENTENCES = {
     "a foreign tensor": "transformer.h.1.mlp.c_up.bias is none of a GPT-2 of this shape",
     "a wrong shape": r"wpe.weight has shape \(24, 32\), and \(32, 32\)",
     "an untied head": "lm_head.weight is not the token embedding",
+    "a NaN": "hf: transformer.h.1.mlp.c_fc.bias has 1 of 128 values that are NaN or infinite",
+    "an infinity in a tied head": "transformer.wte.weight has 2 of 1,608,224 values that are NaN or infinite",
     "a missing part": "part_1.safetensors is missing",
     "no index": "model.safetensors.index.json is no index",
     "a pickle that runs code": "pytorch_model.bin is not a whole file of weights",
@@ -258,6 +269,10 @@ def test_a_checkpoint_of_llmc_has_the_same_logits(version: int, theirs: GPT2LMHe
         (lambda content: b"PK34" + content[4:], f"its first int32 is 875776848, not {LLMC_MAGIC}"),
         (lambda content: content[:4] + struct.pack("<i", 2) + content[8:], "version 2 .* versions 3 .* and 5"),
         (lambda content: content[:12] + struct.pack("<i", 50304) + content[16:], "vocabulary has 50304 tokens"),
+        (
+            lambda content: content[:-4] + struct.pack("<f", math.inf),
+            "transformer.ln_f.bias has 1 of 32 values that are",
+        ),
         (lambda content: content[:20] + struct.pack("<i", 5) + content[24:], "not a multiple of num_heads 5"),
     ],
 )

@@ -29,7 +29,7 @@ def make_model(folder: Path, context_length: int) -> GPT:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    export_huggingface(model.state_dict(), model.config, folder)
+    export_huggingface(model.state_dict(), model.config, folder, "model")
     return model
 
 

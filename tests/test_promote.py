@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard
 from servers import DEADLINE_S, S3
 
 from gpt2core import __version__, lock
+from gpt2core.checkpoint import save_alone
 from gpt2core.checkpoint_folder import CheckpointFolder
 from gpt2core.cli import run as gpt2
 from gpt2core.code_version import code_version
@@ -30,6 +31,7 @@ from gpt2core.records import Contender, Evaluation, HellaSwagScore, current_best
 from gpt2core.report import evaluations
 from gpt2core.run_checkpoint import load_at, load_named
 from gpt2core.run_folder import RunFolder
+from gpt2core.storage import read_json_lines
 
 
 def contender(val_loss: float, fingerprint: str = "same", **changes: Any) -> Contender:
@@ -66,7 +68,7 @@ def record(run: Path, checkpoint: str, val_loss: float, file: str | None = None,
 
 
 def history(artifacts: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (artifacts / "promoted" / "history.jsonl").read_text().splitlines()]
+    return list(read_json_lines(artifacts / "promoted" / "history.jsonl"))
 
 
 def without_metrics(run: Path) -> Path:
@@ -200,6 +202,20 @@ def test_a_broken_evaluation_file_is_named(run: Path) -> None:
     (run / "evaluations" / "step_000024.json").write_text("{}")
     with pytest.raises(ValueError, match=r"step_000024\.json is no evaluation"):
         promote(run.parent, "tiny")
+
+
+def test_weights_that_are_not_finite_are_not_promoted_whatever_was_measured(run: Path) -> None:
+    folder = CheckpointFolder(RunFolder(run.parent, "tiny").checkpoints)
+    state = torch.load(folder.file("epoch_00001"), weights_only=True)
+    state["model"]["transformer.wte.weight"][50256, 0] = -torch.inf  # of a token that the text may lack
+    save_alone(folder, state, "epoch_00001")
+    record(run, "epoch_00001", 3.5)
+    with pytest.raises(ValueError, match=r"epoch_00001\.pt: transformer\.wte\.weight has 1 of 1,608,224 values"):
+        promote(run.parent, "tiny")
+    assert not (run.parent / "best").exists() and not history(run.parent)
+    assert [path.name for path in (run.parent / "promoted").iterdir()] == [lock.LOCK_FILE]
+    record(run, "epoch_00002", 3.4)
+    assert promote(run.parent, "tiny").candidate.step == 24
 
 
 def test_a_damaged_checkpoint_is_not_promoted(run: Path) -> None:
