@@ -174,18 +174,9 @@ class _HellaSwag:
 
     def _score(self, convention: Convention, model: GPT, ranks: Ranks) -> HellaSwagScore:
         print(f"HellaSwag by {convention}'s convention, {len(self.examples)} examples of {self.source} ...", flush=True)
-        result = evaluate_hellaswag(model, Questions.of(self.examples, convention, model.config.context_length), ranks)
-        return HellaSwagScore(
-            convention=convention,
-            source=self.source,
-            fingerprint=self.fingerprint,
-            examples=result.examples,
-            truncated=result.truncated,
-            acc=result.acc,
-            acc_stderr=result.acc_stderr,
-            acc_norm=result.acc_norm,
-            acc_norm_stderr=result.acc_norm_stderr,
-        )
+        questions = Questions.of(self.examples, convention, model.config.context_length)
+        score = evaluate_hellaswag(model, questions, ranks)
+        return score.model_copy(update={"source": self.source, "fingerprint": self.fingerprint})
 
 
 def _scores_of(stored: Evaluation) -> dict[Convention, HellaSwagScore]:

@@ -30,7 +30,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from gpt2core.config import first_error
 from gpt2core.distributed import Ranks
 from gpt2core.model import GPT
-from gpt2core.records import Convention
+from gpt2core.records import Convention, HellaSwagScore, pack
 from gpt2core.shared_context import Row, ending_losses
 from gpt2core.tokenizer import EOT, encoding
 
@@ -63,25 +63,6 @@ class Example(BaseModel):
     def has_parts(self) -> bool:
         """Whether lm-eval's convention, which puts the context together anew, can read it."""
         return None not in (self.activity_label, self.ctx_a, self.ctx_b)
-
-
-@dataclass(frozen=True)
-class HellaSwagResult:
-    """Shares of right answers; NaN when the model gave a loss that is not finite."""
-
-    convention: Convention
-    examples: int
-    truncated: int  # examples of which an ending saw only the end of its context, for the model cannot read all of it
-    acc: float
-    acc_norm: float
-
-    @property
-    def acc_stderr(self) -> float:
-        return _stderr(self.acc, self.examples)
-
-    @property
-    def acc_norm_stderr(self) -> float:
-        return _stderr(self.acc_norm, self.examples)
 
 
 def _stderr(share: float, count: int) -> float:
@@ -249,10 +230,18 @@ def choices(model: GPT, questions: Questions, ranks: Ranks) -> tuple[torch.Tenso
     return summed.argmin(1), (summed / questions.lengths).argmin(1)
 
 
-def evaluate_hellaswag(model: GPT, questions: Questions, ranks: Ranks) -> HellaSwagResult:
-    """acc and acc_norm of the model; the ranks share the work, and all of them get the result."""
-    chosen = choices(model, questions, ranks)
-    acc, acc_norm = (
-        ((choice == questions.labels).double().mean().item() for choice in chosen) if chosen else (math.nan, math.nan)
+def evaluate_hellaswag(model: GPT, questions: Questions, ranks: Ranks) -> HellaSwagScore:
+    """acc and acc_norm of the model, NaN when a loss is not finite; the ranks share the work, and all get the result."""
+    chosen, count = choices(model, questions, ranks), len(questions.labels)
+    is_right = [choice == questions.labels for choice in chosen] if chosen else None
+    acc, acc_norm = (right.double().mean().item() for right in is_right) if is_right else (math.nan, math.nan)
+    return HellaSwagScore(
+        convention=questions.convention,
+        examples=count,
+        truncated=questions.truncated,
+        acc=acc,
+        acc_stderr=_stderr(acc, count),
+        acc_norm=acc_norm,
+        acc_norm_stderr=_stderr(acc_norm, count),
+        right_by_acc_norm=pack(is_right[1].tolist()) if is_right else None,
     )
-    return HellaSwagResult(questions.convention, len(questions.labels), questions.truncated, acc, acc_norm)

@@ -117,9 +117,9 @@ def promote(
 def _decide(contender: Contender, holder: Contender | None, settings: PromotionConfig, force: bool) -> Promotion:
     rule = settings.rule
     promoted, reason = judge(contender, holder, settings)
-    better_by = stderr = None
+    ahead = None
     if holder and contender.compares_with(holder, rule):
-        better_by, stderr = lead(contender, holder, rule)
+        ahead = lead(contender, holder, rule)
     elif holder and force:
         promoted, reason = True, f"by --force, in place of {holder.run_name}, which was measured on other data"
     return Promotion(
@@ -128,8 +128,9 @@ def _decide(contender: Contender, holder: Contender | None, settings: PromotionC
         rule=rule,
         candidate=contender,
         beaten=holder,
-        better_by=better_by,
-        stderr=stderr,
+        better_by=ahead and ahead.by,
+        stderr=ahead and ahead.stderr,
+        paired=ahead and ahead.paired,
         promoted_with=code_version(),
         decided_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -218,32 +219,48 @@ def judge(
         return True, f"first to be promoted, {rule} {candidate.number(rule):.4f}"
     if not candidate.compares_with(holder, rule):
         return False, _why_not_comparable(candidate, holder, rule)
-    better_by, stderr = lead(candidate, holder, rule)
+    ahead = lead(candidate, holder, rule)
     of_holder = f"{holder.number(rule):.4f} of {holder.run_name} step {holder.step}"
     compared = f"{rule} {candidate.number(rule):.4f} against {of_holder}"
-    if better_by == 0:
+    if ahead.by == 0:
         return False, f"a tie, which never promotes: {compared}"
-    if not better_by > 0:
+    if not ahead.by > 0:
         return False, f"not better: {compared}"
-    if stderr is None:
+    if ahead.stderr is None:
         return True, f"better: {compared}"
-    measure = f"{compared}, {better_by / stderr:.2f} standard errors of the difference" if stderr else compared
-    if better_by > settings.margin * stderr:
+    measure = f"{compared}, {ahead.by / ahead.stderr:.2f} {ahead.measure}" if ahead.stderr else compared
+    if ahead.by > settings.margin * ahead.stderr:
         return True, f"better: {measure}"
     return False, f"not better by more than {settings.margin:g} standard errors: {measure}"
 
 
-def lead(candidate: Contender, holder: Contender, rule: Rule) -> tuple[float, float | None]:
+@dataclass(frozen=True)
+class Lead:
+    """By how much a candidate is better than what is best: nats a token, or a share of the examples."""
+
+    by: float
+    stderr: float | None = None  # of that difference; a loss has none
+    paired: bool | None = None
+    measure: str = ""  # what the standard error is
+
+
+def lead(candidate: Contender, holder: Contender, rule: Rule) -> Lead:
     """By how much the candidate is better, and for acc_norm the standard error of that difference.
 
-    That is of two independent samples. Both answered the same questions, so it is an upper estimate: answers to one
-    question go together.
+    Where both kept their answers, it is McNemar's (1947, doi:10.1007/BF02295996), sqrt(b + c) / n: of n examples, b are
+    right for the candidate alone and c for the holder alone, and were both as good, each of those b + c would be a toss
+    of a coin. Else it is that of two independent samples, an upper estimate: answers to one question go together.
     """
     if rule == "val_loss":
-        return holder.val_loss - candidate.val_loss, None
+        return Lead(holder.val_loss - candidate.val_loss)
     mine, others = candidate.hellaswag, holder.hellaswag
     assert mine and others
-    return mine.acc_norm - others.acc_norm, math.hypot(mine.acc_norm_stderr, others.acc_norm_stderr)
+    if changed := mine.gained_and_lost(others):
+        gained, lost = changed
+        by, stderr = (gained - lost) / mine.examples, math.sqrt(gained + lost) / mine.examples
+        return Lead(by, stderr, True, f"standard errors of the paired difference, {gained} gained and {lost} lost")
+    stderr = math.hypot(mine.acc_norm_stderr, others.acc_norm_stderr)
+    return Lead(mine.acc_norm - others.acc_norm, stderr, False, "standard errors of the difference, unpaired")
 
 
 def _why_not_comparable(candidate: Contender, holder: Contender, rule: Rule) -> str:

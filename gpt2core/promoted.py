@@ -95,6 +95,7 @@ class PromotedModels:
                 "beaten": undone,
                 "better_by": None,
                 "stderr": None,
+                "paired": None,
                 "replaced": current.version,
                 "decided_at": datetime.now(UTC).isoformat(timespec="seconds"),
             }

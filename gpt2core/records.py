@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from base64 import b64decode, b64encode
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from gpt2core.config import Rule
 from gpt2core.storage import Location, join, read_text
@@ -36,14 +38,42 @@ class HellaSwagScore(Record):
     """Shares of right answers with their standard errors; NaN when the model gave no finite losses."""
 
     convention: Convention = "build-nanogpt"
-    source: str
+    source: str | None = None  # of the examples
     fingerprint: str | None = None  # of the examples
     examples: int
-    truncated: int = 0  # examples whose context was longer than the model can read
+    truncated: int = 0  # examples of which an ending saw only the end of its context: the model cannot read all of it
     acc: float
     acc_stderr: float
     acc_norm: float
     acc_norm_stderr: float
+    right_by_acc_norm: str | None = None  # each answer, as `pack` has them; older records have none
+
+    @model_validator(mode="after")
+    def _answers_are_those_of_the_share(self) -> Self:
+        if self.right_by_acc_norm is not None:
+            right = unpack(self.right_by_acc_norm)
+            if right.bit_length() > self.examples or abs(right.bit_count() - self.acc_norm * self.examples) > 0.5:
+                raise ValueError("right_by_acc_norm does not have as many right answers as acc_norm says")
+        return self
+
+    def gained_and_lost(self, other: HellaSwagScore) -> tuple[int, int] | None:
+        """How many examples acc_norm has right here and wrong there, and the other way round; None when one of the two
+        did not keep its answers. Both must be of the same examples."""
+        if self.right_by_acc_norm is None or other.right_by_acc_norm is None:
+            return None
+        mine, others = unpack(self.right_by_acc_norm), unpack(other.right_by_acc_norm)
+        return (mine & ~others).bit_count(), (others & ~mine).bit_count()
+
+
+def pack(answers: Iterable[bool]) -> str:
+    """A bit an answer, in base64: 1,676 characters for HellaSwag's 10,042 examples."""
+    number = sum(1 << place for place, answer in enumerate(answers) if answer)
+    return b64encode(number.to_bytes((number.bit_length() + 7) // 8, "little")).decode()
+
+
+def unpack(packed: str) -> int:
+    """The answers as bits of a number, the first one the lowest. Raises ValueError when it is no base64."""
+    return int.from_bytes(b64decode(packed, validate=True), "little")
 
 
 class Evaluation(Record):
@@ -117,6 +147,7 @@ class Promotion(Record):
     beaten: Contender | None  # what was best before
     better_by: float | None = None  # lower loss or higher acc_norm than the beaten
     stderr: float | None = None  # of that difference, where it is known
+    paired: bool | None = None  # whether that is of the same examples' answers, and not of two independent samples
     version: str | None = None  # folder under promoted/ that is best by this decision
     replaced: str | None = None  # folder that was best before
     train_fingerprint: str | None = None  # of the shards that it was trained on

@@ -17,7 +17,7 @@ from gpt2core.config import ModelConfig
 from gpt2core.evaluate import add_arguments, describe, evaluate
 from gpt2core.export import export_huggingface
 from gpt2core.loader import Sequences
-from gpt2core.records import Evaluation
+from gpt2core.records import Evaluation, unpack
 from gpt2core.report import evaluations
 from gpt2core.run_folder import RunFolder
 from gpt2core.shards import open_shards
@@ -67,6 +67,8 @@ def test_a_name_measures_what_training_measured(measure: Any, run: Path, lab: An
         assert result.val_loss == pytest.approx(val_losses[step], abs=1e-6)
     assert result.perplexity == pytest.approx(math.exp(result.val_loss))
     assert Evaluation.model_validate_json(stored(run, step).read_text()) == result
+    answers = unpack(result.hellaswag.right_by_acc_norm)
+    assert answers.bit_count() == round(16 * result.hellaswag.acc_norm) and answers < 2**16
 
 
 def test_best_is_the_checkpoint_of_lowest_logged_loss(measure: Any, lab: Any, straight: Path) -> None:

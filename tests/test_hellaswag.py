@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from gpt2core import shared_context
 from gpt2core.config import VOCAB_SIZE, ModelConfig
 from gpt2core.distributed import Ranks
-from gpt2core.hellaswag import Example, HellaSwagResult, Questions, evaluate_hellaswag, load_hellaswag
+from gpt2core.hellaswag import Example, Questions, evaluate_hellaswag, load_hellaswag
 from gpt2core.model import GPT
 from gpt2core.shared_context import ending_losses
 from gpt2core.tokenizer import encoding
@@ -52,12 +54,16 @@ def test_the_score_is_that_of_one_ending_at_a_time(context_length):
         dtype=torch.float64,
     )  # (40, 4, 2)
     labels = torch.tensor([example.label for example in examples])
-    acc, acc_norm = ((expected[..., kind].argmin(1) == labels).double().mean().item() for kind in (0, 1))
+    right = [expected[..., kind].argmin(1) == labels for kind in (0, 1)]
+    acc, acc_norm = (kind.double().mean().item() for kind in right)
     assert acc != acc_norm  # else the two could be swapped unseen
     questions = Questions.of(examples, "build-nanogpt", context_length)
     assert (questions.truncated > 0) == (context_length == 48)
     result = evaluate_hellaswag(model, questions, ALONE)
-    assert result == HellaSwagResult("build-nanogpt", 40, questions.truncated, acc, acc_norm)
+    assert (result.convention, result.examples, result.truncated) == ("build-nanogpt", 40, questions.truncated)
+    assert (result.acc, result.acc_norm) == (acc, acc_norm)
+    kept = np.frombuffer(base64.b64decode(result.right_by_acc_norm), np.uint8)
+    assert np.unpackbits(kept, count=40, bitorder="little").tolist() == right[1].tolist()
     losses = ending_losses(model, questions.rows, ALONE).view(40, 4)
     torch.testing.assert_close(losses, expected[..., 0], atol=2e-3, rtol=1e-4)
     torch.testing.assert_close(losses / questions.lengths, expected[..., 1], atol=2e-3, rtol=1e-4)
@@ -97,6 +103,7 @@ def test_a_model_of_nan_has_no_accuracy():
         model.transformer.ln_f.weight.fill_(math.nan)
     result = evaluate_hellaswag(model, questions, ALONE)
     assert math.isnan(result.acc) and math.isnan(result.acc_norm) and math.isnan(result.acc_stderr)
+    assert result.right_by_acc_norm is None
 
 
 def test_an_ending_longer_than_the_model_can_read_is_measured_at_its_end():
@@ -184,6 +191,8 @@ def test_a_missing_and_an_empty_file_are_refused_by_name(tmp_path):
 
 
 def test_the_standard_error_is_of_a_share():
-    result = HellaSwagResult("lm-eval", examples=10_042, truncated=0, acc=0.25, acc_norm=0.5)
-    assert result.acc_stderr == pytest.approx(math.sqrt(0.25 * 0.75 / 10_042))
-    assert result.acc_norm_stderr == pytest.approx(0.5 / math.sqrt(10_042))
+    result = evaluate_hellaswag(make_model(256), Questions.of(load_hellaswag(str(SAMPLE))[:8], "lm-eval", 256), ALONE)
+    answers = np.unpackbits(np.frombuffer(base64.b64decode(result.right_by_acc_norm), np.uint8), count=8)
+    assert 0 < result.acc_norm < 1
+    assert result.acc_norm_stderr == pytest.approx(answers.std() / math.sqrt(8))
+    assert result.acc_stderr == pytest.approx(math.sqrt(result.acc * (1 - result.acc) / 8))
