@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextvars
+import hashlib
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -15,13 +17,19 @@ from gpt2core.attempts import resumes
 from gpt2core.run_folder import RunFolder
 
 SECONDS_BETWEEN_UPDATES = 5.0
+LONGEST_NAME = 100  # characters of a key
 LAST_UPDATE_S = 5.0  # longest wait for the update that ends a stage
 
 
 def artifact_key(kind: str, name: str) -> str:
-    """A key under which the UI keeps an artifact's history: lower-case letters, digits and dashes."""
-    dashed = "".join(sign if sign.isascii() and sign.isalnum() else "-" for sign in name.lower())
-    return f"{kind}-{dashed.strip('-')}"
+    """A key under which the UI keeps an artifact's history: lower-case letters, digits and dashes.
+
+    A name that had to be changed for that has a digest behind it: another may have been changed to the same.
+    """
+    dashed = re.sub("[^a-z0-9]", "-", name.lower())[-LONGEST_NAME:].strip("-")
+    if dashed == name:
+        return f"{kind}-{name}"
+    return f"{kind}-{dashed}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def show_resumes(folder: RunFolder) -> None:

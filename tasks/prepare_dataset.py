@@ -36,7 +36,7 @@ def list_source(data: DataConfig) -> list[str]:
 def tokenize_file(data: DataConfig, url: str) -> SourceRecord:
     """Tokenizes what is missing of one file; its progress and rate are live in the UI."""
     die_with_the_flow()
-    bar = LiveProgress(artifact_key("tokenize", url[-80:]), f"tokenize {url}")
+    bar = LiveProgress(artifact_key("tokenize", url), f"tokenize {url}")
 
     def look(line: str) -> None:
         if bar.due() and (seen := read_progress(data, url)):

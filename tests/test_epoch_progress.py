@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from prefect.client.schemas.actions import ArtifactCreate
 
 from gpt2core.log_line import parse, seconds_of, short_duration, step_line
 from tasks.artifacts import artifact_key
@@ -52,7 +53,18 @@ def test_durations_take_two_units(seconds: float, text: str):
     assert seconds_of(text) == pytest.approx(seconds, abs=1)
 
 
-def test_keys_and_tables_hold_what_their_pages_take():
-    assert artifact_key("dataset", "/data/Edu_FineWeb10B/") == "dataset-data-edu-fineweb10b"
+def test_each_name_has_a_key_of_its_own_that_prefect_takes():
+    assert artifact_key("training", "demo-2") == "training-demo-2", "as it is, where it can be"
+    url = "https://example.org/" + "a" * 200
+    alike = ["demo_2", "demo.2", "Demo-2", "demo-2-", "DEMO_2", "", "/", "é", url, url.replace("org", "com")]
+    keys = [artifact_key("training", name) for name in ["demo-2", *alike]]
+    assert len(set(keys)) == len(keys)
+    assert max(map(len, keys)) < 130
+    for key in keys:
+        assert ArtifactCreate(key=key).key == key
+    assert artifact_key("dataset", "/data/Edu_FineWeb10B/").startswith("dataset-data-edu-fineweb10b-")
+
+
+def test_tables_hold_what_their_pages_take():
     table = markdown_table(("why",), [("a|b",)])
     assert table == "| why |\n| --- |\n| a\\|b |"
