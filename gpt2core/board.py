@@ -141,12 +141,12 @@ class Board:
 
 
 def write_evaluations(folder: Path, evaluations: list[Evaluation]) -> None:
-    """Writes all that was measured of a run's checkpoints anew, in the order of their steps: they are few, and one of an
-    older checkpoint may come after those of later ones."""
-    target = folder / "evaluation"
-    for file in target.glob("events.out.tfevents.*"):
-        file.unlink(missing_ok=True)
-    writer = SummaryWriter(str(target))
+    """Writes all that was measured of a run's checkpoints into a further event file, in the order of their steps, which
+    purges what stands in those before it: a measurement may be of an older checkpoint, or of one measured before.
+
+    The files before it stay: TensorBoard's Python loader reads no further in a folder where the file it was at is gone.
+    """
+    writer = SummaryWriter(str(folder / "evaluation"), purge_step=0)
     for evaluation in sorted(evaluations, key=lambda evaluation: evaluation.step):
         values = {"val_loss": evaluation.val_loss}
         if score := evaluation.hellaswag:
