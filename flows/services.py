@@ -16,7 +16,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -98,7 +97,7 @@ def up(config: ServicesConfig) -> None:
     since = datetime.now(UTC)
     started = {service.name: service.start() for service in (server, board) if not running[service.name]}
     _wait_for_server(config, started.get(server.name))
-    deploy()
+    deploy(only_if_needed=True)
     if not running[worker.name]:
         started[worker.name] = worker.start()
         _wait(worker, started[worker.name], lambda: _is_online(since))
@@ -133,38 +132,17 @@ def down(config: ServicesConfig) -> None:
         print(f"{service.name:<12} " + (f"process {pid} ended" if pid else "did not run"), flush=True)
 
 
-def deploy() -> None:
-    """Makes the work pool, the deployments and the automations; what is there and right is left alone.
+def deploy(only_if_needed: bool = False) -> None:
+    """Makes the work pool, the deployments and the automations: flows.deployments and flows.automations say how.
 
     Has the reaper look once at what a reboot may have left.
     """
-    import httpx
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.deployments import run_deployment
-    from prefect.exceptions import ObjectAlreadyExists
-    from prefect.workers.process import ProcessWorker
 
     from flows.automations import ensure_automations
+    from flows.deployments import ensure_deployments
 
-    try:
-        with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
-            template = ProcessWorker.get_default_base_job_template()
-            client.create_work_pool(WorkPoolCreate(name=POOL, type=ProcessWorker.type, base_job_template=template))
-    except httpx.HTTPError as error:
-        url = os.environ["PREFECT_API_URL"]
-        raise ConnectionError(f"{url} does not do what it was asked ({type(error).__name__}: {error})") from None
-    done = subprocess.run(
-        [*PYTHON, "prefect", "deploy", "--all"],
-        cwd=FOLDER,
-        env=os.environ | {"PWD": str(FOLDER)},  # which prefect.yaml takes for the folder to run in
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise ValueError(f"`prefect deploy --all` failed: {(done.stdout + done.stderr).strip()}")
+    ensure_deployments(FOLDER, POOL, only_if_needed)
     ensure_automations()
     # after a reboot, runs that nobody saw die are given back now and not at the reaper's next turn
     settled = {"dead_for_s": 30}

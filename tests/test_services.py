@@ -26,6 +26,8 @@ import pytest
 import yaml
 from conftest import descendants, is_alive, wait_until
 
+from flows.deployments import PACKAGES, fingerprint
+
 ROOT = Path(__file__).parents[1]
 DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
 SAMPLE = ROOT / "data" / "sample" / "tinyshakespeare.txt"
@@ -81,13 +83,14 @@ class Installation:
     def pids(self) -> dict[str, int]:
         return {name: json.loads((self.state_dir / f"{name}.pid").read_text())["pid"] for name in SERVICES}
 
-    def api(self, path: str, body: Any = None, password: str | None = PASSWORD) -> Any:
+    def api(self, path: str, body: Any = None, password: str | None = PASSWORD, method: str | None = None) -> Any:
         headers = {"Content-Type": "application/json"}
         if password:
             headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
         data = None if body is None else json.dumps(body).encode()
-        with urllib.request.urlopen(urllib.request.Request(f"{self.api_url}{path}", data, headers)) as answer:
-            return json.load(answer)
+        asked = urllib.request.Request(f"{self.api_url}{path}", data, headers, method=method)
+        with urllib.request.urlopen(asked) as answer:
+            return json.loads(answer.read() or "null")
 
     def logs(self) -> str:
         return "".join(file.read_text() for file in self.state_dir.glob("*.log"))
@@ -126,6 +129,7 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
 @pytest.mark.slow
 def test_a_second_up_starts_nothing_and_makes_nothing_anew(installation: Installation):
     before, automations = installation.pids(), installation.api("/automations/filter", {})
+    deployments = deployed(installation)
     again = installation.call("up")
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("runs already") == 3
@@ -137,10 +141,41 @@ def test_a_second_up_starts_nothing_and_makes_nothing_anew(installation: Install
     assert "the server runs already with other settings" in elsewhere.stderr
     assert "word" not in elsewhere.stderr
     assert automations and installation.api("/automations/filter", {}) == automations
-    deployed = [entry["name"] for entry in installation.api("/deployments/filter", {})]
-    assert sorted(deployed) == sorted(entry["name"] for entry in DEPLOYMENTS)
+    assert sorted(name for name, _, _ in deployments) == sorted(entry["name"] for entry in DEPLOYMENTS)
+    assert deployed(installation) == deployments, "a deploy would have replaced the schedules"
     reaper = {"flows": {"name": {"any_": ["reaper"]}}, "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
     wait_until(lambda: installation.api("/flow_runs/count", reaper), "the reaper's look at what was left")
+
+
+def deployed(installation: Installation) -> list[tuple[str, str, list[str]]]:
+    """Name, version, and the ids of the schedules of each deployment."""
+    found = installation.api("/deployments/filter", {})
+    return sorted((one["name"], one["version"], [plan["id"] for plan in one["schedules"]]) for one in found)
+
+
+def test_deployments_are_made_anew_after_any_change_of_what_they_are_made_from(tmp_path: Path, monkeypatch: Any):
+    installation = tmp_path / "installation"
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, installation / package, ignore=shutil.ignore_patterns("__pycache__"))
+    yaml_file = Path(shutil.copy(ROOT / "prefect.yaml", installation))
+    seen = [fingerprint(installation)]
+    (installation / "gpt2core" / "__pycache__").mkdir()
+    (installation / "docs.md").write_text("more")
+    assert fingerprint(installation) == seen[0]
+    for changed in (yaml_file, *(installation / package / "__init__.py" for package in PACKAGES)):
+        changed.write_text(changed.read_text() + "\n")
+        seen.append(fingerprint(installation))
+    (installation / "tasks" / "new.py").touch()
+    seen.append(fingerprint(installation))
+    seen.append(fingerprint(installation.rename(tmp_path / "elsewhere")))
+    yaml_file = tmp_path / "elsewhere" / "prefect.yaml"
+    yaml_file.write_text(yaml_file.read_text() + '# "{{ $GPT2_POOL }}"\n')
+    for pool in ("one", "another"):
+        monkeypatch.setenv("GPT2_POOL", pool)
+        seen.append(fingerprint(tmp_path / "elsewhere"))
+    assert len(set(seen)) == len(seen) and all(seen)
+    yaml_file.write_text(yaml_file.read_text() + '# "{{ prefect.variables.pool }}"\n')
+    assert fingerprint(tmp_path / "elsewhere") is None, "who knows what that will be"
 
 
 @pytest.mark.slow
@@ -197,9 +232,12 @@ def online(installation: Installation, pool: str) -> list[str]:
 def test_down_ends_what_up_started_and_nothing_else_and_up_brings_back_what_died(installation: Installation):
     os.kill(installation.pids()["worker"], signal.SIGKILL)
     wait_until(lambda: not is_alive(installation.pids()["worker"]), "the worker's end")
-    before = installation.pids()
+    before, deployments = installation.pids(), deployed(installation)
+    nightly = next(one["id"] for one in installation.api("/deployments/filter", {}) if one["name"] == "nightly")
+    installation.api(f"/deployments/{nightly}", method="DELETE")
     again = installation.call("up")
     assert again.returncode == 0, again.stdout + again.stderr
+    assert [one[:2] for one in deployed(installation)] == [one[:2] for one in deployments]
     after = installation.pids()
     assert after["worker"] != before["worker"]
     assert {name: after[name] for name in ("server", "tensorboard")} == {
