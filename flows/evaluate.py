@@ -8,6 +8,7 @@ from prefect import flow
 
 from gpt2core.config import RunName
 from gpt2core.credentials import LocalFolder, PathOrUrl
+from gpt2core.lock import IfBusy
 from gpt2core.records import Stage
 from tasks.evaluate_checkpoint import evaluate_checkpoint, is_there
 
@@ -22,6 +23,7 @@ def evaluate(
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     force: bool = False,
     if_there: bool = False,
+    if_gpu_busy: IfBusy = "wait",
 ) -> Stage:
     """Measures a checkpoint: validation loss and HellaSwag.
 
@@ -35,6 +37,8 @@ def evaluate(
         device: Where to compute; auto takes a GPU if there is one.
         force: Measure again what was measured before.
         if_there: Do nothing, and call that well done, when there is no such checkpoint yet; for a schedule.
+        if_gpu_busy: What to do while a training or another evaluation has each GPU: wait for one, compute on the CPU,
+            or refuse. An evaluation never shares a GPU.
     """
     if if_there and not is_there(artifacts_dir, run_name, checkpoint):
         return Stage(stage=f"evaluate {checkpoint}", duration_s=0.0, note="there is no such checkpoint yet")
@@ -46,4 +50,5 @@ def evaluate(
         hellaswag_convention=hellaswag_convention,
         device=device,
         force=force,
+        if_gpu_busy=if_gpu_busy,
     )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import get_args
 
 from pydantic import ValidationError
 
+from gpt2core import gpus
 from gpt2core.board import write_evaluations
 from gpt2core.config import EvalConfig, RunConfig
 from gpt2core.distributed import Ranks
@@ -20,6 +23,7 @@ from gpt2core.flags import Parser, main_guard
 from gpt2core.hellaswag import Example, Questions, evaluate_hellaswag, fingerprint, load_hellaswag
 from gpt2core.launch import die_with_parent, tell
 from gpt2core.loader import Sequences
+from gpt2core.lock import IfBusy
 from gpt2core.metrics import MetricsLog
 from gpt2core.model import GPT
 from gpt2core.records import Convention, Evaluation, HellaSwagScore
@@ -46,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--val_tokens", type=int, help="tokens of the validation shard, if not the run's own number")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+    parser.add_argument(
+        "--if_gpu_busy",
+        choices=get_args(IfBusy),
+        default="wait",
+        help="what to do when a training or another evaluation has each GPU: it never shares one",
+    )
     parser.add_argument("--force", action="store_true", help="measure again what was measured before")
     parser.add_argument("--result", metavar="FILE", type=Path, help="write the result here, too, as JSON")
 
@@ -57,14 +67,16 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
     another one lies beside it.
     """
     folder = RunFolder(arguments.artifacts_dir, arguments.run_name)
-    result = _measured(arguments, folder, load_named(arguments.checkpoint, folder))
+    with contextlib.ExitStack() as held:
+        result = _measured(arguments, folder, load_named(arguments.checkpoint, folder), held)
     if arguments.result:
         write_text(arguments.result, result.model_dump_json())
     return result
 
 
-def _measured(arguments: argparse.Namespace, folder: RunFolder, checkpoint: NamedCheckpoint) -> Evaluation:
-    started = time.perf_counter()
+def _measured(
+    arguments: argparse.Namespace, folder: RunFolder, checkpoint: NamedCheckpoint, held: contextlib.ExitStack
+) -> Evaluation:
     config = checkpoint.config
     asked = {name: getattr(arguments, name) for name in ("val_tokens", "hellaswag", "hellaswag_convention")}
     wanted = EvalConfig.model_validate(
@@ -83,8 +95,9 @@ def _measured(arguments: argparse.Namespace, folder: RunFolder, checkpoint: Name
     if stored and not arguments.force and (hellaswag is None or hellaswag.is_answered_by(stored)):
         print(f"already measured at {stored.measured_at}: {stored_in} (--force measures again)", flush=True)
         return stored
-    ranks = Ranks.join(arguments.device)
-    model = checkpoint.model(ranks.device.type, config.train.precision)
+    ranks = gpus.join(arguments.device, arguments.if_gpu_busy, held, f"evaluating {checkpoint.name}")
+    started = time.perf_counter()  # having waited
+    model = checkpoint.model(ranks.device, config.train.precision)
     print(f"{checkpoint.name}: validation loss on {data_dir} ...", flush=True)
     val_loss = validation_loss(
         lambda inputs, targets: model(inputs, targets, reduction="none"),

@@ -48,9 +48,9 @@ class NamedCheckpoint:
         """The configuration that it was trained with."""
         return RunConfig.model_validate(self.state["config"])
 
-    def model(self, device: str = "auto", precision: str = "auto") -> GPT:
+    def model(self, device: str | torch.device = "auto", precision: str = "auto") -> GPT:
         """The model on its device, to be measured and not trained: it holds its weights as they are computed with."""
-        on = pick_device(device)
+        on = pick_device(device) if isinstance(device, str) else device
         model = GPT(ModelConfig.model_validate(self.state["config"]["model"]), pick_dtype(precision, on))
         model.load_state_dict(self.state["model"])
         model.to(on).eval().cast_weights()

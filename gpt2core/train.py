@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from gpt2core import heartbeat, lock, terminal
+from gpt2core import gpus, heartbeat, lock, terminal
 from gpt2core.board import Board
 from gpt2core.checkpoint import Saver, load, load_newest
 from gpt2core.checkpoint_folder import CheckpointFolder
@@ -98,30 +98,11 @@ def train(
     with contextlib.ExitStack() as held:
         # for the life of the process, and no longer: a second run that would write here is refused, with who holds it
         ranks.on_main(lambda: held.enter_context(lock.hold(folder.path / lock.LOCK_FILE)))
-        _claim_gpu(ranks, held)
+        gpus.claim(ranks, held, f"training {config.run_name}")
         _begin_heartbeat(folder, ranks, parent)
         if parent:
             end_orphans(parent, folder.heartbeat_file, GRACE_S)
         _train(config, ranks, resume, force, accept_changed_data, stop_epoch, stop)
-
-
-def _claim_gpu(ranks: Ranks, held: contextlib.ExitStack) -> None:
-    """Takes the lock of this rank's GPU. Raises BlockingIOError on all ranks when another trainer has one of them."""
-    if ranks.device.type != "cuda":
-        return
-    refusal = ""
-    try:
-        uuid = str(torch.cuda.get_device_properties(ranks.device).uuid)
-        held.enter_context(lock.hold(lock.of_gpu(uuid), what=f"GPU {uuid}"))
-    except BlockingIOError as error:
-        refusal = str(error)
-    refusals = [refusal for refusal in ranks.gather(refusal) if refusal]
-
-    def refuse() -> None:
-        if refusals:
-            raise BlockingIOError(refusals[0])
-
-    ranks.on_main(refuse)
 
 
 def _begin_heartbeat(folder: RunFolder, ranks: Ranks, parent: int | None) -> None:

@@ -13,10 +13,12 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from gpt2core.checkpoint_folder import BEST, CheckpointFolder, epoch_name
+from gpt2core.lock import IfBusy
 from gpt2core.records import Evaluation, Stage
 from gpt2core.run_folder import RunFolder
 from tasks.artifacts import LAST_UPDATE_S, artifact_key, beside
 from tasks.stage_process import run_stage, worth_a_retry
+from tasks.waiting import QueueShown
 
 
 def is_there(artifacts_dir: str, run_name: str, checkpoint: str) -> bool:
@@ -49,16 +51,19 @@ def evaluate_checkpoint(
     hellaswag_convention: str | None = None,
     device: str = "auto",
     force: bool = False,
+    if_gpu_busy: IfBusy = "wait",
 ) -> Stage:
     """Measures a checkpoint: the run's by name (latest, best, epoch_00003), or one at a path or URL; a stored result is used
     unless `force`."""
     started, began = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     where = ["--artifacts_dir", artifacts_dir, "--run_name", run_name, "--checkpoint", checkpoint]
     settings = {"--device": device, "--hellaswag": hellaswag, "--hellaswag_convention": hellaswag_convention}
+    settings |= {"--if_gpu_busy": if_gpu_busy}
     asked = [word for flag, value in settings.items() if value for word in (flag, value)]
     with TemporaryDirectory() as scratch:
         result_file = Path(scratch) / "result.json"
-        run_stage("gpt2core.evaluate", [*where, *asked, *["--force"] * force, "--result", str(result_file)])
+        arguments = [*where, *asked, *["--force"] * force, "--result", str(result_file)]
+        run_stage("gpt2core.evaluate", arguments, look=QueueShown().look)
         result = Evaluation.model_validate_json(result_file.read_text(encoding="utf-8"))
     beside(lambda: show_evaluation(run_name, result)).join(LAST_UPDATE_S)
     score = result.hellaswag

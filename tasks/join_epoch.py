@@ -12,7 +12,7 @@ from gpt2core.flags import read_config
 from gpt2core.run_folder import RunFolder
 from gpt2core.watchdog import Watchdog
 from tasks.attempts import UNLIMITED
-from tasks.stage_process import StageError, run_stage, worth_a_retry
+from tasks.stage_process import run_stage, worth_a_retry
 
 
 @task(
@@ -31,7 +31,7 @@ def join_epoch(artifacts_dir: str, run_name: str, launched: LaunchConfig, recove
     """
     folder = RunFolder(artifacts_dir, run_name)
     if not folder.config_file.exists():
-        raise StageError(f"{folder.config_file} is not there yet: the leading flow writes it when it starts")
+        raise ValueError(f"{folder.config_file} is gone: the run was removed")
     config = read_config(folder.config_file)
     if CheckpointFolder(folder.checkpoints).find(epoch_name(config.train.num_epochs)):
         return True

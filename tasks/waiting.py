@@ -1,4 +1,4 @@
-"""One trainer at a time in a run's folder and on a GPU; who must wait says for whom, in its log and its state."""
+"""One trainer at a time in a run's folder and on a GPU; who must wait says for what, in its log and its state."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from prefect.states import Cancelled, Running
 
 from gpt2core import attempts, heartbeat, lock
 from gpt2core.launch import GRACE_S
+from gpt2core.lock import WAITING
+from gpt2core.log_line import short_duration
 from gpt2core.processes import Process, kill
 from gpt2core.run_folder import RunFolder
+from gpt2core.status import find_runs
 
 SECONDS_BETWEEN_LOOKS = 1.0
 MAX_STARTS = 10  # of one flow run, killed each time, with nothing new in the run's folder
@@ -62,6 +65,35 @@ def _refuse_when_killed_too_often(folder: RunFolder) -> None:
         )
 
 
+def wait_for_start(folder: RunFolder, longest_s: float) -> None:
+    """Returns when the run's leading flow has begun it, which is when its config.json is there.
+
+    Raises ValueError, naming the runs that there are, when that takes longer than so many seconds.
+    """
+    started, told = time.monotonic(), ""
+    while not folder.config_file.exists():
+        why = _why_not_begun(folder)
+        if time.monotonic() - started >= longest_s:
+            waited = f"waited {short_duration(longest_s)} for its start"
+            raise ValueError(f"{why}; {waited}: give the run_name and artifacts_dir of the flow that leads it")
+        if why != told:
+            _say_waiting(f"{why}; waiting up to {short_duration(longest_s)} for its start")
+            told = why
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    if told:
+        _say_going_on()
+
+
+def _why_not_begun(folder: RunFolder) -> str:
+    if folder.path.exists():
+        return f"{folder.path} has no {folder.config_file.name} yet"
+    artifacts = folder.path.parent
+    if not artifacts.is_dir():
+        return f"there is no run {folder.path.name}, nor a folder {artifacts}"
+    there = ", ".join(run.path.name for run in find_runs(artifacts))
+    return f"there is no run {folder.path.name} in {artifacts} (there are: {there or 'none'})"
+
+
 def wait_for_trainers(folder: RunFolder, gpus: list[str]) -> None:
     """Returns when no other trainer has the run's folder or one of these GPUs.
 
@@ -95,6 +127,20 @@ def _in_use(folder: RunFolder, gpus: list[str]) -> str | None:
 def _orphans(folder: RunFolder) -> list[Process]:
     trainer = heartbeat.read(folder.heartbeat_file)
     return trainer.orphans() if trainer else []
+
+
+class QueueShown:
+    """The flow run's state while a stage's process waits for a GPU, out of the lines that it prints."""
+
+    def __init__(self) -> None:
+        self._is_queued = False
+
+    def look(self, line: str) -> None:
+        if line.startswith(WAITING):
+            _name_state("Queued", f"Waits: {line.removeprefix(WAITING)}.")
+        elif self._is_queued:
+            _name_state("Running", "")
+        self._is_queued = line.startswith(WAITING)
 
 
 def _say_waiting(why: str) -> None:
