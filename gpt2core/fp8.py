@@ -226,11 +226,18 @@ def equip(model: GPT, train: TrainConfig, ranks: Ranks) -> FP8 | None:
     """
     if not train.precision.startswith("fp8"):
         return None
+    if refused := refusal(train, model.config, ranks.device):
+        raise ValueError(refused)
+    return FP8(model, train, ranks, emulate=train.kernels == "plain")
+
+
+def refusal(train: TrainConfig, model: ModelConfig, device: torch.device) -> str | None:
+    """What stands against the FP8 that is asked for, and what to do; None when nothing does."""
     emulate = train.kernels == "plain"
-    if why := why_not(ranks.device, model.config, train.fp8_recipe, emulate):
+    if why := why_not(device, model, train.fp8_recipe, emulate):
         instead = "" if emulate else ", or --kernels plain, which emulates FP8 slowly on any device"
-        raise ValueError(f"precision {train.precision}: {why}; use --precision bf16{instead}")
-    return FP8(model, train, ranks, emulate)
+        return f"precision {train.precision}: {why}; use --precision bf16{instead}"
+    return None
 
 
 def why_not(device: torch.device, model: ModelConfig, recipe: str, emulate: bool = False) -> str | None:
