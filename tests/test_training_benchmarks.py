@@ -17,7 +17,9 @@ pytestmark = pytest.mark.slow
 
 def test_the_optimizers_beside_each_other(lab: Any, tmp_path: Path) -> None:
     """In two calls, the first of which has no time: what the tables say is what the runs logged."""
-    options = f"--folder {tmp_path} --steps 4 --seeds 1 --adamw_lrs 1e-3 3e-3 --muon_lrs 0.02 --muon_max_lrs 3e-3"
+    options = (
+        f"--folder {tmp_path} --steps 4 --seeds 1 --adamw_lrs 1e-3 3e-3 --muon_lrs 0.02 --muon_max_lrs 3e-3 --at_once 2"
+    )
     flags = f"--data_dir {lab.data_dir} --context_length 8 --num_layers 1 --embd_size 16 --num_heads 1 --device cpu"
     flags += " --total_batch_size 64 --mini_batch_size 8 --warmup_steps 1 --eval_freq 1 --val_tokens 64"
     command = [sys.executable, "tests/benchmarks/optimizers.py", *options.split(), *flags.split()]

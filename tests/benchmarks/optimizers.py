@@ -1,6 +1,6 @@
 """Muon beside AdamW at equal data, batch and architecture: the steps and seconds that Muon needs to AdamW's final loss.
 
-    python tests/benchmarks/optimizers.py --steps 600 --data_dir DIR [--seconds 540] [any flags of `gpt2 train`]
+    python tests/benchmarks/optimizers.py --steps 600 --data_dir DIR [--seconds 540] [--at_once 8] [any flags of `gpt2 train`]
 
 Each learning rate is first trained to the end with the first seed; the best of each optimizer then with the other seeds,
 too. Runs are whole ones of `gpt2 train`, a folder each under --folder. What is done stays: with --seconds the run under
@@ -58,8 +58,8 @@ class Contest:
 
     def run(self) -> bool:
         """Trains what is not trained yet; False when the time is up before the end."""
-        train = self.trainings.train
-        return all(map(train, self.tuned)) and all(train(curve) for pair in self.pairs() for curve in pair)
+        train_all = self.trainings.train_all
+        return train_all(self.tuned) and train_all(curve for pair in self.pairs() for curve in pair)
 
     def final(self, curve: Curve) -> float:
         return curve.val_losses[self.arguments.steps]

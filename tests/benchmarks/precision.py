@@ -1,6 +1,6 @@
 """What other ways to compute do to the loss: the same seeds, data and settings, trained in each of them.
 
-    python tests/benchmarks/precision.py --steps 500 --data_dir DIR [--seconds 540] [any flags of `gpt2 train`]
+    python tests/benchmarks/precision.py --steps 500 --data_dir DIR [--seconds 540] [--at_once 4] [any flags of `gpt2 train`]
     python tests/benchmarks/precision.py --ways bf16 plain ...      the fused kernels beside PyTorch's own
 
 A way is a --precision, with its --fp8_recipe behind a colon, or `plain` for bf16 with --kernels plain. The first one is
@@ -78,7 +78,7 @@ def main() -> int:
     arguments, train_flags = parser.parse_known_args()
     trainings = Trainings(arguments, train_flags)
     curves = [[Curve(arguments.folder, contender(way), seed) for seed in arguments.seeds] for way in arguments.ways]
-    if not all(trainings.train(runs[number]) for number in range(len(arguments.seeds)) for runs in curves):
+    if not trainings.train_all(run for of_a_seed in zip(*curves, strict=True) for run in of_a_seed):
         return TRY_AGAIN
     found = table(curves, arguments.steps)
     (arguments.folder / "precision.md").write_text(found)
