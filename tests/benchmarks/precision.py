@@ -57,7 +57,7 @@ def draw(curves: list[list[Curve]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (losses, norms) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (losses, norms) = pyplot.subplots(1, 2, figsize=(13, 4), layout="constrained")
     for number, runs in enumerate(curves):
         for run, base in zip(runs, curves[0], strict=True):
             look = {"color": f"C{number}", "linestyle": "-" if run is runs[0] else "--"}
@@ -67,7 +67,7 @@ def draw(curves: list[list[Curve]], path: Path) -> None:
             norms.plot(*zip(*run.logged("grad_norm").items(), strict=True), linewidth=0.6, alpha=0.7, **look)
     losses.set(xlabel="step", ylabel="nats a token", title=f"validation loss above {curves[0][0].contender.label}'s")
     norms.set(xlabel="step", title="gradient norm", yscale="log")
-    losses.legend()
+    figure.legend(loc="outside right center")
     figure.savefig(path, dpi=120)
 
 
