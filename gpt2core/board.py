@@ -34,6 +34,7 @@ TAGS = {
     "val_loss": "loss/val",
     "lr": "train/learning_rate",
     "grad_norm": "train/grad_norm",
+    "fp8_saturated": "train/fp8_saturated",
     "tokens_per_sec": "speed/tokens_per_sec",
     "step_ms": "speed/step_ms",
     "data_wait_ms": "speed/data_wait_ms",

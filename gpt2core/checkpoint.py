@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpt2core import heartbeat
 from gpt2core.checkpoint_folder import FORMAT, LATEST, Checkpoint, CheckpointFolder, Sidecar, Summary, sidecar_beside
-from gpt2core.storage import read_bytes
+from gpt2core.storage import fetched
 
 SECONDS_TO_RETRY = 30.0
 
@@ -169,31 +169,38 @@ def load_newest(folder: CheckpointFolder, warn: Callable[[str], None]) -> dict[s
 def load(path: Path | str, sidecar: Sidecar | None = None) -> dict[str, Any]:
     """Reads a checkpoint, at a path or fsspec URL, onto the CPU; nothing in it can run code.
 
-    The content is verified first against its sidecar, which is looked for beside it when none is given.
+    The content is verified first against its sidecar, which is looked for beside it when none is given. Tensors are mapped
+    from the file, so that the ranks of a machine share the memory in which they lie.
 
     Raises ValueError, naming the file, when it is damaged or not one of ours; ConnectionError when remote storage does
     not answer, which says nothing about the file.
     """
+    sidecar = sidecar or (sidecar_beside(str(path)) if str(path).endswith(".pt") else None)
     try:
-        content = read_bytes(path)
+        with fetched(path) as here, here.open("rb") as file:
+            if sidecar and hashlib.file_digest(file, "sha256").hexdigest() != sidecar.sha256:
+                raise ValueError(f"{path}: its content does not have the hash in its sidecar, so it is damaged")
+            state = _unpickled(here, path)
+            if not os.path.samestat(os.fstat(file.fileno()), here.stat()):
+                raise ValueError(f"{path} was replaced while it was read")
     except ConnectionError:
         raise
     except FileNotFoundError:
         raise ValueError(f"{path} cannot be read: there is no such file") from None
     except (OSError, ImportError) as error:
         raise ValueError(f"{path} cannot be read ({error})") from None
-    sidecar = sidecar or (sidecar_beside(str(path)) if str(path).endswith(".pt") else None)
-    if sidecar and hashlib.sha256(content).hexdigest() != sidecar.sha256:
-        raise ValueError(f"{path}: its content does not have the hash in its sidecar, so it is damaged")
-    try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler and the zip reader raise whatever the bytes lead them to
-        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
     if not isinstance(state, dict) or not {"format", "model", "step"} <= state.keys():
         raise ValueError(f"{path} is no checkpoint of this project: it has no format, model and step")
     if state["format"] > FORMAT:
         raise ValueError(f"{path} was written by a newer version (format {state['format']}, this one reads {FORMAT})")
     return state
+
+
+def _unpickled(file: Path, path: object) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # the unpickler and the zip reader raise whatever the bytes lead them to
+        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
 
 
 def damage(folder: CheckpointFolder, name: str) -> str | None:

@@ -27,13 +27,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from gpt2core.storage import (
     Location,
     alias,
+    fetched,
     file_sizes,
     is_remote,
     is_running,
     join,
     local_path,
     publish,
-    read_bytes,
     read_text,
     remove,
     size,
@@ -152,7 +152,10 @@ class CheckpointFolder:
     def _is_right(self, checkpoint: Checkpoint) -> bool:
         """Whether the content has the sidecar's hash: a latest.pt that went bad must not take the place of its backup."""
         wanted = checkpoint.sidecar.sha256
-        return wanted in self._own or hashlib.sha256(read_bytes(checkpoint.location)).hexdigest() == wanted
+        if wanted in self._own:
+            return True
+        with fetched(checkpoint.location) as here, here.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == wanted
 
     def check_writable(self) -> None:
         """Raises OSError or, of remote storage, ValueError when nothing can be written here."""

@@ -228,8 +228,14 @@ class TrainConfig(Settings):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="Device; auto takes a GPU if there is one."
     )
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="Arithmetic of the activations; auto is bf16 on GPUs that have it, else fp32."
+    precision: Literal["auto", "bf16", "fp32", "fp8", "fp8_head"] = Field(
+        "auto",
+        description="Arithmetic of the activations; auto is bf16 on GPUs that have it, else fp32. In bf16 around it, fp8 takes "
+        "the products of all linear layers in 8 bits, fp8_head those of the head alone.",
+    )
+    fp8_recipe: Literal["delayed", "tensorwise", "rowwise"] = Field(
+        "delayed",
+        description="What precision fp8 scales numbers by: the largest ones of past updates, of the tensor, or of each row.",
     )
     deterministic: bool = Field(
         False,
@@ -253,6 +259,8 @@ class TrainConfig(Settings):
             self._refuse_changed(
                 "optimizer muon", [name for name in type(self).model_fields if name.startswith("muon_")]
             )
+        if self.precision != "fp8":
+            self._refuse_changed("precision fp8", ["fp8_recipe"])
         if self.lr_schedule != "wsd":
             self._refuse_changed("lr_schedule wsd", ["decay_epochs"])
         elif self.decay_epochs > self.num_epochs:

@@ -57,6 +57,12 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def max(self, tensor: Tensor) -> Tensor:
+        """The largest over all ranks, element by element, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
     def any(self, *values: bool) -> list[bool]:
         """For each value whether it is true on any rank; all ranks get the same answers at the same place."""
         if self.world_size == 1:
@@ -113,7 +119,9 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of the activations. Raises ValueError for bf16 on a GPU without it."""
+    """The dtype of the activations, bf16 around products in FP8. Raises ValueError for bf16 on a GPU without it."""
+    if precision.startswith("fp8"):
+        precision = "bf16"
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and device.type == "cuda" and not has_bf16:
         raise ValueError(f"precision bf16: {torch.cuda.get_device_name(device)} does not have it; use --precision fp32")

@@ -35,7 +35,7 @@ def mean_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(linear(x, weight, None).float(), targets)
 
 
-def _weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """gradient.T @ x in fp32, as the tensor cores sum it: not rounded to bf16 on its way to the fp32 master weights."""
     if gradient.is_cuda and gradient.dtype != torch.float32:
         return torch.mm(gradient.T, x, out_dtype=torch.float32)
@@ -56,7 +56,7 @@ class _Linear(torch.autograd.Function):
         x, cast = ctx.saved_tensors
         return (
             gradient @ cast,
-            _weight_gradient(gradient, x),
+            weight_gradient(gradient, x),
             gradient.sum(0, dtype=torch.float32),
         )
 
@@ -77,9 +77,9 @@ class _MLP(torch.autograd.Function):
         z_gradient = cublaslt.gelu_gradient(gradient, proj, z)
         return (
             z_gradient @ fc,
-            _weight_gradient(z_gradient, x),
+            weight_gradient(z_gradient, x),
             z_gradient.sum(0, dtype=torch.float32),
-            _weight_gradient(gradient, activated),
+            weight_gradient(gradient, activated),
             gradient.sum(0, dtype=torch.float32),
         )
 

@@ -46,11 +46,13 @@ class Finding:
 def claim_run(config: RunConfig, launched: LaunchConfig, force: bool = False) -> None:
     """Writes the run's config.json, after the checks that need no data: before hours of preparation, not after.
 
-    Raises ValueError when the batch does not divide, a GPU or the file of HellaSwag is not there, or, without `force`, the folder holds a run
-    with other settings.
+    Raises ValueError when the batch does not divide, a GPU, its FP8 or the file of HellaSwag is not there, or, without `force`,
+    the folder holds a run with other settings.
     """
     config.grad_accum_steps(launched.nnodes * num_processes(launched.nproc_per_node, config.train.device))
     _hellaswag(config)
+    if config.train.precision.startswith("fp8"):
+        _fp8(config)
     RunFolder.of(config).claim(config, force)
 
 
@@ -212,6 +214,7 @@ def examine_machine(config: RunConfig, launched: LaunchConfig) -> list[Finding]:
     """What the run needs of the machine beside data and disk: GPUs, ports, packages."""
     return [
         _checked("GPUs", lambda: _gpus(config, launched)),
+        *([_checked("FP8", lambda: _fp8(config))] if config.train.precision.startswith("fp8") else []),
         _checked("ports", lambda: _ports(launched)),
         _checked("packages", lambda: _packages()),
     ]
@@ -237,6 +240,24 @@ def _gpus(config: RunConfig, launched: LaunchConfig) -> Finding | str:
     if any(int(free) < state for _, free, _ in gpus):
         return Finding("GPUs", "error", f"{text}: end what else runs there, or take a smaller --model_size")
     return text
+
+
+def _fp8(config: RunConfig) -> str:
+    """Asked in a process of its own, so that no memory of a GPU is held here. Raises ValueError where it cannot be had."""
+    code = (
+        "import sys\n"
+        "from gpt2core.config import RunConfig\n"
+        "from gpt2core.distributed import pick_device\n"
+        "from gpt2core.fp8 import refusal\n"
+        "config = RunConfig.model_validate_json(sys.stdin.read())\n"
+        "print(refusal(config.train, config.model, pick_device(config.train.device)) or '')"
+    )
+    asked = subprocess.run(
+        [sys.executable, "-c", code], input=config.model_dump_json(), capture_output=True, text=True, check=True
+    )
+    if refused := asked.stdout.strip():
+        raise ValueError(refused)
+    return f"{config.train.precision} can be had"
 
 
 def _ports(launched: LaunchConfig) -> Finding | str:

@@ -103,9 +103,8 @@ def publish(location: Location, mode: str = "wb") -> Iterator[IO[Any]]:
     """
     encoding = None if "b" in mode else "utf-8"
     if is_remote(location):
-        _remove_stale_uploads()
-        with tempfile.TemporaryDirectory(prefix=f"{_upload_prefix()}{os.getpid()}_") as folder:
-            staged = Path(folder) / "file"
+        with _folder_in_passing() as folder:
+            staged = folder / "file"
             with staged.open(mode, encoding=encoding) as file:
                 yield file
             try:
@@ -128,16 +127,28 @@ def publish(location: Location, mode: str = "wb") -> Iterator[IO[Any]]:
     fsync(path.parent)
 
 
-def _upload_prefix() -> str:
-    return f"gpt2_upload_{socket.gethostname()}_"
+@contextmanager
+def fetched(location: Location) -> Iterator[Path]:
+    """The file on this machine: itself, or a copy of a remote one, which goes at the end."""
+    if not is_remote(location):
+        yield local_path(location)
+        return
+    with _folder_in_passing() as folder:
+        with _remote(location) as (filesystem, path_there):
+            filesystem.get_file(path_there, str(folder / "file"))
+        yield folder / "file"
 
 
-def _remove_stale_uploads() -> None:
-    """Removes what processes of this machine left that were killed in an upload."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_upload_prefix()}*"):
-        pid = folder.name.removeprefix(_upload_prefix()).split("_")[0]
+@contextmanager
+def _folder_in_passing() -> Iterator[Path]:
+    """A temporary folder for files on their way to or from remote storage. Removes those of killed processes, too."""
+    prefix = f"gpt2_transfer_{socket.gethostname()}_"
+    for stale in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        pid = stale.name.removeprefix(prefix).split("_")[0]
         if pid.isdigit() and not is_running(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(stale, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}_") as folder:
+        yield Path(folder)
 
 
 def is_running(pid: int) -> bool:

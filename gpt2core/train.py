@@ -153,6 +153,7 @@ def _train(
             trainer.describe_batch(),
             f"device: {describe(ranks)}",
             f"kernels: {trainer.kernels.note}",
+            *([trainer.fp8.describe()] if trainer.fp8 else []),
             trainer.optimizer.describe(),
             origin,
         ]:

@@ -23,6 +23,7 @@ from gpt2core.code_version import code_version
 from gpt2core.config import EvalConfig, RunConfig
 from gpt2core.distributed import Ranks, StopRequest, no_sync, pick_dtype, use_compile
 from gpt2core.evaluation import validation_loss
+from gpt2core.fp8 import FP8, equip
 from gpt2core.generate import samples
 from gpt2core.hellaswag import Questions, evaluate_hellaswag, load_hellaswag
 from gpt2core.kernels import pick_kernels
@@ -35,6 +36,7 @@ from gpt2core.optim import build_optimizer, learning_rate, set_learning_rate
 from gpt2core.shards import SPLITS, cache_of, keep_here, open_shards
 
 MEASUREMENTS_FOR_PACE = 500  # logged steps over which the time to go is reckoned: two rounds of evaluations by default
+SEQUENCES_TO_CALIBRATE = 4  # enough for FP8's first factors, which have room to spare, and sure to fit
 MAX_SKIPPED_IN_A_ROW = 10  # updates with a non-finite gradient before the run gives up
 
 
@@ -68,6 +70,7 @@ class Trainer:
         self.raw_model = GPT(config.model, dtype, self.kernels)
         self.raw_model.init_weights(torch.Generator().manual_seed(train.seed))
         self.raw_model.to(ranks.device)
+        self.fp8 = equip(self.raw_model, train, ranks)
         self.optimizer = build_optimizer(self.raw_model, train, ranks.rank, ranks.world_size)
         compiled: nn.Module = self.raw_model
         if use_compile(train, ranks.device):
@@ -183,6 +186,8 @@ class Trainer:
         loss = torch.zeros((), device=self.ranks.device)
         for micro_step in range(self.accum_steps):
             inputs, targets = self.loader.next_batch()  # each (B, T)
+            if self.fp8 and not self.fp8.is_calibrated:
+                self._calibrate(self.fp8, inputs, targets)
             with no_sync(self.model) if micro_step < self.accum_steps - 1 else contextlib.nullcontext():
                 micro_loss = self.model(inputs, targets) / self.accum_steps
                 micro_loss.backward()
@@ -197,6 +202,14 @@ class Trainer:
         is_bad = (~grad_norm.isfinite()).float()
         self.optimizer.step(is_bad)
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * is_bad
+        if self.fp8:
+            self.fp8.updated()
+
+    def _calibrate(self, fp8: FP8, inputs: Tensor, targets: Tensor) -> None:
+        """By a few sequences, whose gradients are made as small as they will be among all of a step."""
+        some = slice(0, SEQUENCES_TO_CALIBRATE)
+        share = len(inputs[some]) / len(inputs) / self.accum_steps
+        fp8.calibrate(lambda: share * self.raw_model(inputs[some], targets[some]), list(self.raw_model.parameters()))
 
     # --- measuring ---
 
@@ -216,6 +229,8 @@ class Trainer:
                 "data_wait_ms": 1000 * (self.loader.wait_s - self.logged_wait_s) / steps,
                 **self.progress(),
             }
+            if self.fp8:
+                values["fp8_saturated"] = self.fp8.read_saturated()
             if self.ranks.device.type == "cuda":
                 values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if self.peak_flops:
@@ -311,12 +326,14 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "data": self.loader.state_dict(),
             "code": self.code.model_dump(),
-        }
+        } | ({"fp8": self.fp8.state_dict()} if self.fp8 else {})
 
     def load_weights(self, state: dict[str, Any], where: object) -> None:
         """Takes the weights alone. Raises ValueError, saying what differs, when they are of another model."""
         check_same_model(where, state["config"]["model"], self.config.model.model_dump())
         self.raw_model.load_state_dict(state["model"])
+        if self.fp8:
+            self.fp8.load_state_dict({})
 
     def load_state_dict(
         self,
@@ -342,6 +359,8 @@ class Trainer:
         self.loader.load_state_dict(state["data"], accept_changed_data)
         if before == now:
             self.optimizer.load_state_dict(state["optimizer"])
+        if self.fp8:
+            self.fp8.load_state_dict(state.get("fp8", {}))
         self.step = state["step"]
         self.train_seconds = state["train_seconds"]
         self.train_loss, self.val_loss = state["train_loss"], state["val_loss"]

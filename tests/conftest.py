@@ -25,6 +25,9 @@ from servers import http_files, hub, s3, s3_server  # noqa: F401  fixtures
 from gpt2core.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
 from gpt2core.run_folder import RunFolder
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, by whichever test is first
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHAKESPEARE = REPOSITORY / "data" / "sample" / "tinyshakespeare.txt"
 HELLASWAG = REPOSITORY / "data" / "sample" / "hellaswag_sample.jsonl"

@@ -169,6 +169,23 @@ def test_a_file_named_by_its_path_is_verified_against_the_sidecar_beside_it(fold
     assert load(path)["step"] == 1  # nothing to verify it against: a file copied alone
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which is Linux's")
+def test_what_is_loaded_lies_in_memory_that_processes_share(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    save(folder, state(1, big=torch.ones(2**24)), names=[], keep=1)  # 64 MiB
+
+    def own_bytes() -> int:
+        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+        return 1024 * int(line.split()[1])
+
+    before = own_bytes()
+    loaded = load(folder.file("latest"))
+    assert loaded["big"].sum() == 2**24
+    assert own_bytes() - before < 16 * 2**20
+    loaded["big"].zero_()
+    assert load(folder.file("latest"))["big"].sum() == 2**24  # who changes it changes a copy
+
+
 def test_a_whole_latest_is_taken_without_a_word(folder: CheckpointFolder) -> None:
     warnings: list[str] = []
     found = load_newest(folder, warnings.append)

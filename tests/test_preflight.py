@@ -41,3 +41,18 @@ def test_a_machine_without_a_gpu_is_a_warning_and_hides_nothing_else(tmp_path: P
     assert "error   GPUs      device cuda: this machine shows no GPU" in insisting
     for what in ("batch", "data", "HellaSwag", "folders", "disk", "clock"):
         assert any(line.split()[1] == what for line in insisting.splitlines()), what
+
+
+@pytest.mark.slow
+def test_fp8_that_cannot_be_had_is_found_before_the_data_is_prepared(tmp_path: Path, capsys: Any) -> None:
+    demo = RECIPES["demo"]
+    train = demo.train.model_copy(update={"precision": "fp8", "device": "cpu"})
+    config = demo.model_copy(update={"artifacts_dir": str(tmp_path), "train": train})
+    with pytest.raises(ValueError, match=r"precision fp8: it needs an NVIDIA GPU .* use --precision bf16"):
+        claim_run(config, LaunchConfig(nproc_per_node=1))
+    assert list(tmp_path.iterdir()) == []
+    words = ["preflight", "--recipe", "demo", "--artifacts_dir", str(tmp_path), "--device", "cpu", "--precision", "fp8"]
+    gpt2(words)
+    assert "error   FP8       precision fp8: it needs an NVIDIA GPU" in capsys.readouterr().out
+    gpt2([*words, "--kernels", "plain"])
+    assert "ok      FP8       fp8 can be had" in capsys.readouterr().out

@@ -1,9 +1,11 @@
 """Our training step beside those of peers: same device, same batch, turn by turn in one process, a table last.
 
     python tests/benchmarks/train_step.py [--mini_batch_size 64] [--nanogpt PATH/TO/nanoGPT]
+    python tests/benchmarks/train_step.py --precision fp8 fp8:tensorwise fp8_head --without plain transformers
     python tests/benchmarks/train_step.py --tiny --device cpu            seconds, to see that it runs
 
-`ours` is the trainer as a run has it: shards from disk, clipping, the schedule, the logs, TensorBoard. The others do what
+`ours` is the trainer as a run has it: shards from disk, clipping, the schedule, the logs, TensorBoard; with --precision also
+in other ones, with the recipe behind a colon. --profile lists the kernels of a step of each of these. The others do what
 their own scripts do in a step (forward and backward under autocast in bf16, accumulation, clipping, fused AdamW) on tokens
 that lie on the device already. `plain` is a GPT-2 as the textbooks write it, compiled. nanoGPT is taken from a checkout.
 """
@@ -17,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +154,14 @@ class Peers:
         return self.contender("nanoGPT", module.GPT(module.GPTConfig(**shape)), lambda model, x, y: model(x, y)[1])
 
 
-def ours(config: RunConfig, device: torch.device) -> Contender:
+def ours(config: RunConfig, device: torch.device, precision: str | None = None) -> Contender:
     """A whole run's step: data, schedule, update, logs."""
+    if precision:
+        wanted, _, recipe = precision.partition(":")
+        train = config.train.model_dump() | {"precision": wanted} | ({"fp8_recipe": recipe} if recipe else {})
+        config = config.model_copy(update={"train": TrainConfig.model_validate(train)})
     trainer = Trainer(config, Ranks(0, 1, device))
-    print(f"our kernels: {trainer.kernels.note}")
+    print(f"our kernels: {trainer.fp8.describe() if trainer.fp8 else trainer.kernels.note}")
     folder = RunFolder.of(config)
     log = MetricsLog(folder, resume_at=None, board=Board(folder.tensorboard, config, 0))
     log.say = lambda message: log.note(message)  # type: ignore[method-assign,assignment,return-value]  # not on the terminal
@@ -167,7 +174,7 @@ def ours(config: RunConfig, device: torch.device) -> Contender:
         assert trainer.train_loss is not None
         return trainer.train_loss
 
-    return Contender("ours", step)
+    return Contender(precision or "ours", step)
 
 
 def write_shards(folder: Path, tokens: int) -> None:
@@ -188,6 +195,39 @@ def measure(contenders: list[Contender], device: torch.device, rounds: int, step
                 contender.seconds.append(time.perf_counter() - started)
             if device.type == "cuda":
                 contender.peak_bytes = torch.cuda.max_memory_allocated(device) - before + contender.own_bytes
+
+
+# What a kernel's name begins with or holds, and what it is counted as; the first that fits.
+GROUPS = {
+    "fp8_cast": ("_cast_kernel",),
+    "loss": ("_loss_kernel",),
+    "attention": ("cudnn", "flash", "fmha", "sdpa"),
+    "matrix products": ("nvjet", "gemm", "cutlass", "cublas", "splitK"),
+    "LayerNorm and what is fused with it": ("triton_per", "triton_red"),
+    "copies": ("Memcpy", "Memset"),
+}
+
+
+def profile(contender: Contender, device: torch.device) -> None:
+    """Kernel time of one step, by group and for the longest kernels."""
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profiler:
+        contender.step()
+    kind = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
+    events = [event for event in profiler.key_averages() if event.device_type == kind]
+    ms = {
+        event.key: (event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total) / 1000
+        for event in events
+    }
+    by_group: dict[str, float] = {}
+    for name, time_ms in ms.items():
+        group = next((group for group, marks in GROUPS.items() if any(mark in name for mark in marks)), "all else")
+        by_group[group] = by_group.get(group, 0.0) + time_ms
+    print(f"\n{contender.name}: {sum(ms.values()):.1f} ms of kernels in a step")
+    for name, time_ms in sorted(by_group.items(), key=lambda item: -item[1]):
+        print(f"{time_ms:9.1f} ms  {name}")
+    for event in sorted(events, key=lambda event: -ms[event.key])[:25]:
+        print(f"    {ms[event.key]:9.1f} ms {event.count:6} x {event.key[:100]}")
 
 
 def reset_peak(device: torch.device) -> int:
@@ -214,6 +254,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7, help="measured a round")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT to measure as well")
     parser.add_argument("--without", nargs="*", default=[], choices=["transformers", "plain"])
+    parser.add_argument("--precision", nargs="*", default=[], help="others to measure ours in")
+    parser.add_argument("--profile", action="store_true", help="of ours, after the measurement")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and batch, to see that it runs")
     arguments = parser.parse_args()
     device = pick_device(arguments.device)
@@ -231,16 +273,22 @@ def main() -> None:
                 total_batch_size=4 * model.context_length if arguments.tiny else 524_288,
                 mini_batch_size=mini_batch_size,
                 hellaswag_freq=0,
+                kernels="plain" if device.type == "cpu" else "auto",
             ),
             evaluation=EvalConfig(val_tokens=model.context_length),
         )
         peers = Peers(config, device)
-        makers: list[Callable[[], Contender]] = [lambda: ours(config, device)]
+        makers: list[Callable[[], Contender]] = [
+            partial(ours, config, device, precision) for precision in (None, *arguments.precision)
+        ]
         makers += [getattr(peers, name) for name in ("plain", "transformers") if name not in arguments.without]
         if arguments.nanogpt:
             makers.append(lambda: peers.nanogpt(arguments.nanogpt))
         contenders = [built(make, device) for make in makers]
         measure(contenders, device, arguments.rounds, arguments.steps)
+        if arguments.profile:
+            for contender in contenders[: 1 + len(arguments.precision)]:
+                profile(contender, device)
     show(contenders, config, device)
 
 

@@ -1,4 +1,4 @@
-"""The optimizers' benchmarks run: a tiny size on the CPU, so that they do not rot."""
+"""The benchmarks of whole trainings run: a tiny size on the CPU, so that they do not rot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ pytestmark = pytest.mark.slow
 
 def test_the_optimizers_beside_each_other(lab: Any, tmp_path: Path) -> None:
     """In two calls, the first of which has no time: what the tables say is what the runs logged."""
-    options = f"--folder {tmp_path} --steps 4 --seeds 1 --adamw_lrs 1e-3 3e-3 --muon_lrs 0.02 --muon_max_lrs 3e-3"
+    options = (
+        f"--folder {tmp_path} --steps 4 --seeds 1 --adamw_lrs 1e-3 3e-3 --muon_lrs 0.02 --muon_max_lrs 3e-3 --at_once 2"
+    )
     flags = f"--data_dir {lab.data_dir} --context_length 8 --num_layers 1 --embd_size 16 --num_heads 1 --device cpu"
     flags += " --total_batch_size 64 --mini_batch_size 8 --warmup_steps 1 --eval_freq 1 --val_tokens 64"
     command = [sys.executable, "tests/benchmarks/optimizers.py", *options.split(), *flags.split()]
@@ -66,3 +68,18 @@ def test_the_cost_of_an_update(lab: Any) -> None:
     rows = [line.split() for line in done.stdout.splitlines() if line.endswith(" ms")]
     assert [" ".join(row[:-2]) for row in rows] == ["AdamW", "Muon", "Muon, qkv split", "PyTorch's Muon"]
     assert all(float(row[-2]) > 0 for row in rows)
+
+
+def test_a_precision_beside_another(lab: Any, tmp_path: Path) -> None:
+    flags = f"--data_dir {lab.data_dir} --context_length 8 --num_layers 1 --embd_size 16 --num_heads 1 --device cpu"
+    flags += " --total_batch_size 64 --mini_batch_size 8 --warmup_steps 1 --eval_freq 1 --val_tokens 64 --kernels plain"
+    options = f"--folder {tmp_path} --steps 3 --seeds 1 --ways bf16 fp8:tensorwise"
+    command = [sys.executable, "tests/benchmarks/precision.py", *options.split(), *flags.split()]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=lab.environment(), capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    assert done.returncode == 0, done.stderr
+    bf16, fp8 = (lab.logged(tmp_path / f"{name}_seed1", "val_loss")[3] for name in ("bf16", "fp8_tensorwise"))
+    assert f"| bf16 | 1 | {bf16:.4f} | +0.0000 |" in done.stdout
+    assert f"| fp8, tensorwise | 1 | {fp8:.4f} | {fp8 - bf16:+.4f} |" in done.stdout
+    assert (tmp_path / "precision.png").stat().st_size > 10_000

@@ -1,0 +1,135 @@
+"""A tensor rounded to 8-bit floating point, in one pass over it: what it is made into on the way, times a factor, in both
+layouts that matrix products want, with its largest magnitude and, for the gradient of a bias, the sums of its columns.
+
+Formats are e4m3 (largest number 448) for activations and weights and e5m2 (57,344) for gradients, as in Micikevicius et al.
+2022, "FP8 formats for deep learning". What is beyond the largest number becomes the largest number; an infinity becomes
+NaN, so that the update is left out as in any other precision. Factors are powers of two: they add no rounding of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+MULTIPLE = 16  # of a product's inner dimension and of its columns, which torch._scaled_mm asks for
+
+What = Literal["itself", "gelu", "gelu_gradient", "softmax_gradient"]
+
+
+def made_into(x: Tensor, other: Tensor | None, targets: Tensor | None, what: str) -> Tensor:
+    """The fp32 values that are rounded.
+
+    itself: x. gelu: GELU of x, in the tanh form. gelu_gradient: x times the derivative of that at `other`.
+    softmax_gradient: of the cross-entropy of the logits x (M, V), whose logsumexps (M,) are `other`, with `targets` (M,).
+    """
+    x = x.float()
+    if what == "gelu":
+        return F.gelu(x, approximate="tanh")
+    if what == "gelu_gradient":
+        assert other is not None
+        gradient: Tensor = torch.ops.aten.gelu_backward(x, other.float(), approximate="tanh")
+        return gradient
+    if what == "softmax_gradient":
+        assert other is not None and targets is not None
+        return (x - other[:, None]).exp_().scatter_add_(1, targets[:, None], x.new_full((len(x), 1), -1.0))
+    return x
+
+
+def power_of_two(largest: float | Tensor, amax: Tensor) -> Tensor:
+    """The largest power of two with which numbers up to amax stay below `largest`; 1 where amax is 0 or not finite."""
+    exponent_alone = (largest / amax).view(torch.int32) & 0x7F800000
+    is_usable = amax.isfinite() & (amax > largest * 2.0**-126)
+    return torch.where(is_usable, exponent_alone.view(torch.float32), 1.0)
+
+
+@torch.library.custom_op("gpt2core::fp8_cast", mutates_args=("amax",))
+def cast(
+    x: Tensor,
+    other: Tensor | None,
+    targets: Tensor | None,
+    factor: Tensor,
+    amax: Tensor,
+    what: str,
+    is_gradient: bool,
+    with_sums: bool,
+    emulate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (M, N) made into `what`, times factor (1,), in e4m3 or, for a gradient, e5m2: row-major (M, N), and transposed,
+    (N, M padded with zeros to a multiple of 16); and the fp32 sums of the columns (N,), none without `with_sums`.
+
+    Raises amax (1,) to the largest magnitude, but for softmax_gradient, whose bound is known. `emulate` uses nothing but PyTorch's operations.
+    """
+    row_major, column_major, _ = _empty(x, is_gradient)
+    largest = torch.finfo(row_major.dtype).max
+    if not emulate:
+        from gpt2core import triton_kernels
+
+        x = x.contiguous()
+        sums = triton_kernels.cast(x, other, targets, factor, amax, row_major, column_major, largest, what, with_sums)
+        return row_major, column_major, sums
+    values = made_into(x, other, targets, what)
+    if what != "softmax_gradient":
+        torch.maximum(amax, values.abs().amax(), out=amax)
+    scaled = (values * factor).clamp(-largest, largest)
+    row_major.copy_(torch.where(values.isinf(), torch.nan, scaled))
+    column_major.copy_(F.pad(row_major.float(), (0, 0, 0, column_major.shape[1] - len(x))).T)
+    return row_major, column_major, values.sum(0) if with_sums else values.new_empty(0)
+
+
+@cast.register_fake
+def _(
+    x: Tensor,
+    other: Tensor | None,
+    targets: Tensor | None,
+    factor: Tensor,
+    amax: Tensor,
+    what: str,
+    is_gradient: bool,
+    with_sums: bool,
+    emulate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    row_major, column_major, sums = _empty(x, is_gradient)
+    return row_major, column_major, sums if with_sums else sums.new_empty(0)
+
+
+def _empty(x: Tensor, is_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = x.shape
+    dtype = E5M2 if is_gradient else E4M3
+    padded = -(-rows // MULTIPLE) * MULTIPLE
+    return (
+        torch.empty(rows, columns, dtype=dtype, device=x.device),
+        torch.empty(columns, padded, dtype=dtype, device=x.device),
+        torch.empty(columns, dtype=torch.float32, device=x.device),
+    )
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    a_inverse: Tensor,
+    b_inverse: Tensor,
+    dtype: torch.dtype,
+    emulate: bool,
+    bias: Tensor | None = None,
+    fast: bool = False,
+) -> Tensor:
+    """a @ b.T of 8-bit a (M, K) and b (N, K), times the inverses of their factors, plus bias (N,): (M, N) in `dtype`.
+
+    An inverse is one number, or one a row: (M, 1) and (N, 1). `fast` lets the tensor cores sum in less than fp32.
+    """
+    if not emulate:
+        return torch._scaled_mm(
+            a,
+            b.t(),
+            scale_a=a_inverse,
+            scale_b=b_inverse.t() if b_inverse.ndim == 2 else b_inverse,
+            bias=bias,
+            out_dtype=dtype,
+            use_fast_accum=fast,
+        )
+    out = (a.float() @ b.float().T) * a_inverse * (b_inverse.t() if b_inverse.ndim == 2 else b_inverse)
+    return (out if bias is None else out + bias.float()).to(dtype)

@@ -1,0 +1,241 @@
+"""Linear layers and the head as autograd functions whose products run on 8-bit numbers; fp8.py puts them into a model."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpt2core import fused_loss
+from gpt2core.fp8_cast import E4M3, E5M2, cast, made_into, power_of_two, product
+from gpt2core.kernels import weight_gradient
+
+HEAD_FACTOR = 2.0**15  # e5m2 holds it, and 2^-31 of it: probabilities of softmax down to 5e-10
+HEAD_ROWS = 32_768  # of logits at a time
+
+
+class Scale(NamedTuple):
+    """How a tensor is scaled before it is rounded; each (1,) fp32."""
+
+    factor: Tensor
+    inverse: Tensor
+    amax: Tensor  # the largest magnitude seen since the last update
+
+    @classmethod
+    def new(cls, device: torch.device) -> Scale:
+        return cls(torch.ones(1, device=device), torch.ones(1, device=device), torch.zeros(1, device=device))
+
+
+class Weight(NamedTuple):
+    """A weight (outputs, inputs) in e4m3, rounded once an update, in both layouts."""
+
+    row_major: Tensor
+    column_major: Tensor  # (inputs, outputs)
+    row_inverse: Tensor  # (1,), or (outputs, 1) in the recipe rowwise
+    column_inverse: Tensor  # (1,), or (inputs, 1)
+
+    @classmethod
+    def like(cls, weight: Tensor, rowwise: bool) -> Weight:
+        outputs, inputs = weight.shape
+        shapes = [(outputs, 1), (inputs, 1)] if rowwise else [(1,), (1,)]
+        return cls(
+            torch.empty(outputs, inputs, dtype=E4M3, device=weight.device),
+            torch.empty(inputs, outputs, dtype=E4M3, device=weight.device),
+            *(torch.empty(shape, device=weight.device) for shape in shapes),
+        )
+
+
+class How(NamedTuple):
+    """What all products of a model have in common."""
+
+    dynamic: bool  # factors from the tensor itself
+    emulate: bool
+
+
+def _rounded(
+    x: Tensor,
+    scale: Scale,
+    how: How,
+    other: Tensor | None = None,
+    what: str = "itself",
+    is_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both layouts of x made into `what`, the inverse of its factor, and a gradient's column sums."""
+    factor, inverse = scale.factor, scale.inverse
+    if how.dynamic:
+        largest = torch.finfo(E5M2 if is_gradient else E4M3).max
+        factor = power_of_two(largest, made_into(x, other, None, what).abs().amax().view(1))
+        inverse = factor.reciprocal()
+    row_major, column_major, sums = cast(
+        x, other, None, factor, scale.amax, what, is_gradient, is_gradient, how.emulate
+    )
+    return row_major, column_major, inverse, sums
+
+
+class Linear8(torch.autograd.Function):
+    """x @ weight.T + bias, x (M, inputs)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, master: Tensor, bias: Tensor, weight: Weight, of_x: Scale, of_gradient: Scale, how: How
+    ) -> Tensor:
+        row_major, column_major, inverse, _ = _rounded(x, of_x, how)
+        ctx.save_for_backward(column_major, inverse)
+        # not saved as the others are: what is saved must not change, and the amax of of_gradient will
+        ctx.weight, ctx.of_gradient, ctx.how = weight, of_gradient, how
+        return product(
+            row_major, weight.row_major, inverse, weight.row_inverse, x.dtype, how.emulate, bias.to(x.dtype), fast=True
+        )
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        column_major, inverse = ctx.saved_tensors
+        weight, how = ctx.weight, ctx.how
+        row, column, gradient_inverse, sums = _rounded(gradient, ctx.of_gradient, how, is_gradient=True)
+        return (
+            product(row, weight.column_major, gradient_inverse, weight.column_inverse, gradient.dtype, how.emulate),
+            product(column, column_major, gradient_inverse, inverse, torch.float32, how.emulate),
+            sums,
+            *(None,) * 4,
+        )
+
+
+class MLP8(torch.autograd.Function):
+    """Two linear layers with GELU between, which is computed where its result or its gradient is rounded."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        fc: Tensor,
+        fc_bias: Tensor,
+        proj: Tensor,
+        proj_bias: Tensor,
+        weights: tuple[Weight, Weight],
+        of_inputs: tuple[Scale, Scale],
+        of_gradients: tuple[Scale, Scale],
+        how: How,
+    ) -> Tensor:
+        x_row, x_column, x_inverse, _ = _rounded(x, of_inputs[0], how)
+        fc8, proj8 = weights
+        z = product(
+            x_row, fc8.row_major, x_inverse, fc8.row_inverse, x.dtype, how.emulate, fc_bias.to(x.dtype), fast=True
+        )
+        row, column, inverse, _ = _rounded(z, of_inputs[1], how, what="gelu")
+        ctx.save_for_backward(x_column, x_inverse, z, column, inverse)
+        ctx.weights, ctx.of_gradients, ctx.how = weights, of_gradients, how
+        return product(
+            row, proj8.row_major, inverse, proj8.row_inverse, x.dtype, how.emulate, proj_bias.to(x.dtype), fast=True
+        )
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x_column, x_inverse, z, activated_column, activated_inverse = ctx.saved_tensors
+        (fc8, proj8), how = ctx.weights, ctx.how
+        row, column, inverse, proj_bias = _rounded(gradient, ctx.of_gradients[1], how, is_gradient=True)
+        proj = product(column, activated_column, inverse, activated_inverse, torch.float32, how.emulate)
+        activated = product(row, proj8.column_major, inverse, proj8.column_inverse, gradient.dtype, how.emulate)
+        row, column, inverse, fc_bias = _rounded(
+            activated, ctx.of_gradients[0], how, z, "gelu_gradient", is_gradient=True
+        )
+        return (
+            product(row, fc8.column_major, inverse, fc8.column_inverse, gradient.dtype, how.emulate),
+            product(column, x_column, inverse, x_inverse, torch.float32, how.emulate),
+            fc_bias,
+            proj,
+            proj_bias,
+            *(None,) * 4,
+        )
+
+
+def rows_rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x (M, N) with a factor for each row, and the factors' inverses (M, 1)."""
+    values = x.float()
+    largest = torch.finfo(dtype).max
+    factor = power_of_two(largest, values.abs().amax(1, keepdim=True))
+    scaled = torch.where(values.isinf(), torch.nan, (values * factor).clamp(-largest, largest))
+    return scaled.to(dtype), factor.reciprocal()
+
+
+class RowwiseLinear8(torch.autograd.Function):
+    """x @ weight.T + bias, x (M, inputs), with a factor for each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, master: Tensor, bias: Tensor, weight: Weight, emulate: bool) -> Tensor:
+        rows, inverse = rows_rounded(x, E4M3)
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.emulate = weight, emulate
+        return product(
+            rows, weight.row_major, inverse, weight.row_inverse, x.dtype, emulate, bias.to(x.dtype), fast=True
+        )
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        rows, inverse = rows_rounded(gradient, E5M2)
+        return (
+            product(rows, ctx.weight.column_major, inverse, ctx.weight.column_inverse, gradient.dtype, ctx.emulate),
+            weight_gradient(gradient, x),
+            gradient.sum(0, dtype=torch.float32),
+            None,
+            None,
+        )
+
+
+@torch.library.custom_op("gpt2core::fp8_head_loss", mutates_args=())
+def _head_loss(
+    x: Tensor,
+    master: Tensor,
+    row_major: Tensor,
+    column_major: Tensor,
+    inverse: Tensor,
+    targets: Tensor,
+    rows: int,
+    emulate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean loss, and its gradients for x (N, C) and the master weight (V, C), whose 8-bit layouts are given."""
+    losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    x_gradient, weight_gradient = torch.empty_like(x), torch.zeros_like(master)
+    factor, unused = torch.full_like(inverse, HEAD_FACTOR), torch.zeros_like(inverse)
+    gradient_inverse = 1 / (factor * len(x))
+    scale, how = Scale(factor, factor, unused), How(dynamic=True, emulate=emulate)
+    for start in range(0, len(x), rows):
+        some = slice(start, start + rows)
+        x_row, x_column, x_inverse, _ = _rounded(x[some], scale, how)
+        logits = product(x_row, row_major, x_inverse, inverse, x.dtype, emulate, fast=True)  # (rows, V)
+        losses[some], log_sums = fused_loss.loss_rows(logits, targets[some])
+        row, column, _ = cast(logits, log_sums, targets[some], factor, unused, "softmax_gradient", True, False, emulate)
+        x_gradient[some] = product(row, column_major, gradient_inverse, inverse, x.dtype, emulate)
+        weight_gradient += product(column, x_column, gradient_inverse, x_inverse, torch.float32, emulate)
+    return losses.mean(), x_gradient, weight_gradient
+
+
+@_head_loss.register_fake
+def _(
+    x: Tensor,
+    master: Tensor,
+    row_major: Tensor,
+    column_major: Tensor,
+    inverse: Tensor,
+    targets: Tensor,
+    rows: int,
+    emulate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty((), dtype=torch.float32), torch.empty_like(x), torch.empty_like(master)
+
+
+def _scale_gradients(ctx: Any, loss_gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    x_gradient, weight_gradient = ctx.saved_tensors
+    return x_gradient * loss_gradient, weight_gradient * loss_gradient, *(None,) * 6
+
+
+_head_loss.register_autograd(_scale_gradients, setup_context=fused_loss.save_gradients)
+
+
+def head_loss(x: Tensor, master: Tensor, weight: Weight, targets: Tensor, emulate: bool) -> Tensor:
+    """Mean cross-entropy, fp32, of the logits x @ weight.T: x (N, C), weight (V, C), targets (N,)."""
+    loss, _, _ = _head_loss(
+        x, master, weight.row_major, weight.column_major, weight.row_inverse, targets, HEAD_ROWS, emulate
+    )
+    return loss

@@ -1,0 +1,126 @@
+"""The Triton kernels against plain PyTorch, at odd sizes: on a GPU as they are, elsewhere in Triton's interpreter.
+
+The interpreter does not round to 8 bits as the hardware does; there the kernels write fp32, and what is left to a GPU is
+that rounding.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt2core.fp8_cast import E4M3, E5M2, MULTIPLE, cast, made_into
+from gpt2core.fused_loss import HAS_TRITON
+
+if not HAS_TRITON:
+    pytest.skip("Triton is not installed: it is made for Linux alone", allow_module_level=True)
+
+from gpt2core import triton_kernels as kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = [(37, 50), (64, 128), (1, 16), (130, 257)]
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE)
+
+
+def some_targets(rows: int, columns: int) -> Tensor:
+    return torch.randint(0, columns, (rows,), generator=torch.Generator().manual_seed(rows)).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "vocab"), [(3, 150), (2, 8192), (2, 8209)])
+def test_losses_logsumexps_and_gradients(rows: int, vocab: int, dtype: torch.dtype) -> None:
+    logits = (5 * random(rows, vocab)).to(dtype)
+    targets = some_targets(rows, vocab)
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, targets, reduction="none")
+    expected.sum().backward()
+    before = logits.clone()
+    losses, log_sums = kernels.loss_rows(logits, targets, None)
+    assert torch.equal(logits, before)
+    torch.testing.assert_close(log_sums.double(), exact.logsumexp(1).detach(), rtol=1e-6, atol=1e-5)
+    for found in (losses, kernels.loss_rows(logits, targets, 0.25)[0]):
+        torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-6, atol=1e-5)
+    assert exact.grad is not None
+    bf16 = 2**-8 if DEVICE == "cuda" else 2**-7  # it keeps 8 bits, and the interpreter cuts the others off
+    tolerance = 1e-5 if dtype == torch.float32 else bf16
+    torch.testing.assert_close(logits.double(), 0.25 * exact.grad, rtol=tolerance, atol=1e-7)
+
+
+def cast_by_kernel(x: Tensor, other: Tensor | None, factor: float, what: str) -> list[Tensor]:
+    """Row-major, column-major, column sums, largest magnitude, in fp32, before rounding."""
+    rows, columns = x.shape
+    padded = -(-rows // MULTIPLE) * MULTIPLE
+    row_major = torch.full((rows, columns), 7.0, device=DEVICE)
+    column_major = torch.full((columns, padded), 7.0, device=DEVICE)
+    amax = torch.full((1,), 0.5, device=DEVICE)
+    targets = some_targets(rows, columns)
+    multiplied = torch.tensor([factor], device=DEVICE)
+    sums = kernels.cast(x, other, targets, multiplied, amax, row_major, column_major, 448.0, what, True)
+    return [row_major, column_major, sums, amax]
+
+
+def other_of(what: str, x: Tensor) -> Tensor | None:
+    if what == "softmax_gradient":
+        return x.float().logsumexp(1)
+    return 2 * random(*x.shape[::-1]).T.contiguous().to(x.dtype) if what == "gelu_gradient" else None
+
+
+def exactly(x: Tensor, other: Tensor | None, targets: Tensor, what: str) -> Tensor:
+    """In fp64, by PyTorch's own functions and their derivatives."""
+    x = x.double()
+    if what == "gelu":
+        return F.gelu(x, approximate="tanh")
+    if what == "gelu_gradient":
+        assert other is not None
+        z = other.double().requires_grad_()
+        return torch.autograd.grad(F.gelu(z, approximate="tanh"), z, x)[0]
+    if what == "softmax_gradient":
+        return x.softmax(1) - F.one_hot(targets, x.shape[1])
+    return x
+
+
+@pytest.mark.parametrize("what", ["itself", "gelu", "gelu_gradient", "softmax_gradient"])
+@pytest.mark.parametrize(("rows", "columns"), SIZES)
+def test_a_cast_before_it_rounds(what: str, rows: int, columns: int) -> None:
+    x = (3 * random(rows, columns)).bfloat16()
+    other = other_of(what, x)
+    targets = some_targets(rows, columns)
+    expected = exactly(x, other, targets, what)
+    torch.testing.assert_close(made_into(x, other, targets, what).double(), expected, rtol=1e-5, atol=1e-5)
+    row_major, column_major, sums, amax = cast_by_kernel(x, other, 64.0, what)
+    torch.testing.assert_close(row_major.double(), (64 * expected).clamp(-448, 448), rtol=1e-5, atol=1e-4)
+    assert torch.equal(column_major[:, :rows], row_major.T)
+    assert not column_major[:, rows:].any()
+    torch.testing.assert_close(sums.double(), expected.sum(0), rtol=1e-5, atol=1e-4)
+    if what != "softmax_gradient":  # whose bound is known
+        torch.testing.assert_close(amax[0].double(), expected.abs().amax().clamp(min=0.5), rtol=1e-5, atol=0)
+
+
+def test_what_is_not_finite_becomes_nan_and_the_rest_is_cut() -> None:
+    x = torch.tensor([[torch.nan, torch.inf, -torch.inf, 1e30, -1e30, 2.0]], device=DEVICE)
+    row_major, column_major, _, _ = cast_by_kernel(x, None, 8.0, "itself")
+    assert row_major[0, :3].isnan().all() and column_major[:3, 0].isnan().all()
+    assert row_major[0, 3:].tolist() == [448.0, -448.0, 16.0]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: the rounding of the hardware is what is tested")
+@pytest.mark.parametrize("is_gradient", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [*SIZES, (2048, 768)])
+def test_a_gpu_rounds_as_pytorch_does(rows: int, columns: int, is_gradient: bool) -> None:
+    x = (20 * random(rows, columns)).bfloat16()
+    x[0, 0] = torch.inf
+    factor = torch.full((1,), 16.0, device=DEVICE)
+    amax = [torch.zeros(1, device=DEVICE) for _ in range(2)]
+    mine, reference = (
+        cast(x, None, None, factor, largest, "itself", is_gradient, True, emulate)
+        for largest, emulate in zip(amax, (False, True), strict=True)
+    )
+    assert mine[0].dtype == (E5M2 if is_gradient else E4M3)
+    for one, other in zip(mine[:2], reference[:2], strict=True):
+        torch.testing.assert_close(one.float(), other.float(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(*amax)
