@@ -25,16 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2core import fused_loss
+from gpt2core import fused_loss, kernels
 from gpt2core.config import ModelConfig, TrainConfig
 from gpt2core.distributed import Ranks
 from gpt2core.fp8_cast import E4M3, E5M2, MULTIPLE, cast, power_of_two, product
-from gpt2core.fp8_linear import MLP8, How, Linear8, RowwiseLinear8, Scale, Weight, head_loss, rows_rounded
-from gpt2core.kernels import linear, mean_loss, mlp
+from gpt2core.fp8_linear import MLP8, Linear8, Mode, RowwiseLinear8, Scale, Weight, head_loss
+from gpt2core.fp8_scaling import DelayedScaling
 from gpt2core.model import GPT, Block, Linear
+from gpt2core.storage import first_line
 
-HISTORY = 16  # updates whose largest magnitudes the delayed recipe looks back on
-ROOM = 2.0  # for a magnitude to grow beyond these; costs one of e4m3's 18 and of e5m2's 32 powers of two
 CAPABILITY = (8, 9)  # the first with FP8 tensor cores: Ada; then Hopper 9.0, Blackwell 10.x and 12.x
 
 
@@ -48,13 +47,13 @@ class LinearLayer:
 
     def __call__(self, x: Tensor, master: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None or not torch.is_grad_enabled():
-            return linear(x, master, bias)
-        rows, how = x.flatten(0, -2), self.fp8.how
+            return kernels.linear(x, master, bias)
+        rows, mode = x.flatten(0, -2), self.fp8.mode
         out: Tensor
         if self.fp8.rowwise:
-            out = RowwiseLinear8.apply(rows, master, bias, self.weight, how.emulate)
+            out = RowwiseLinear8.apply(rows, master, bias, self.weight, mode.emulate)
         else:
-            out = Linear8.apply(rows, master, bias, self.weight, self.of_x, self.of_gradient, how)
+            out = Linear8.apply(rows, master, bias, self.weight, self.of_x, self.of_gradient, mode)
         return out.view(*x.shape[:-1], -1)
 
 
@@ -66,7 +65,7 @@ class MLPLayers:
 
     def __call__(self, x: Tensor, fc: Tensor, fc_bias: Tensor, proj: Tensor, proj_bias: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return mlp(x, fc, fc_bias, proj, proj_bias)
+            return kernels.mlp(x, fc, fc_bias, proj, proj_bias)
         if self.fc.fp8.rowwise:
             return self.proj(F.gelu(self.fc(x, fc, fc_bias), approximate="tanh"), proj, proj_bias)
         out: Tensor = MLP8.apply(
@@ -74,149 +73,117 @@ class MLPLayers:
             (self.fc.weight, self.proj.weight),
             (self.fc.of_x, self.proj.of_x),
             (self.fc.of_gradient, self.proj.of_gradient),
-            self.fc.fp8.how,
+            self.fc.fp8.mode,
         )
         return out.view_as(x)
 
 
 class FP8:
-    """A model's training in 8 bits: puts its layers in the place of the model's own, and keeps what they need between updates.
-
-    To be told of every update, and of weights that were loaded; to be calibrated before the first micro-step unless a
-    state was loaded.
+    """A model's training in 8 bits: puts its layers in the place of the model's own, and keeps what they need between
+    updates. To be told of every update and of weights that were loaded.
     """
 
     def __init__(self, model: GPT, train: TrainConfig, ranks: Ranks, emulate: bool) -> None:
-        self.ranks = ranks
         self.recipe, self.head_only = train.fp8_recipe, train.precision == "fp8_head"
-        self.rowwise, self.delayed = self.recipe == "rowwise", self.recipe == "delayed"
-        self.how = self._how = How(dynamic=not self.delayed, emulate=emulate)
-        self.layers: dict[str, LinearLayer] = {}
-        self.masters: list[Tensor] = [model.lm_head.weight]
-        self.head = Weight.like(model.lm_head.weight, rowwise=False)
+        self.rowwise = self.recipe == "rowwise"
+        self.mode = Mode(dynamic=self.recipe == "tensorwise", emulate=emulate)
+        self.head_master, self.head = model.lm_head.weight, Weight.like(model.lm_head.weight, rowwise=False)
         model.kernels = replace(model.kernels, mean_loss=self._mean_loss)
+        self.masters: list[Tensor] = []
+        self.layers: dict[str, LinearLayer] = {}
+        self.scaling: DelayedScaling | None = None
         if not self.head_only:
-            self._take_blocks(model)
-        self.is_calibrated = not self.delayed or self.head_only
-        sites = len(self._scales())
-        self.history = torch.zeros(HISTORY, sites, device=model.lm_head.weight.device)
-        self.saturated = torch.zeros(
-            (), device=self.history.device
-        )  # tensors that outgrew their factor, since last read
-        largest = [torch.finfo(dtype).max for dtype in (E4M3, E5M2)]
-        self.largest = torch.tensor(largest * (sites // 2), device=self.history.device)
+            for number, block in enumerate(model.transformer.h):
+                assert isinstance(block, Block)
+                self._take(block, f"h.{number}")
+            if self.recipe == "delayed":
+                scales = {name: (layer.of_x, layer.of_gradient) for name, layer in self.layers.items()}
+                self.scaling = DelayedScaling(scales, train.total_batch_size // ranks.world_size, ranks)
         self.weights_changed()
 
-    def _take_blocks(self, model: GPT) -> None:
-        for number, block in enumerate(model.transformer.h):
-            assert isinstance(block, Block)
-            attn, mlp_ = block.attn, block.mlp
-            layers = {
-                "attn.c_attn": attn.c_attn,
-                "attn.c_proj": attn.c_proj,
-                "mlp.c_fc": mlp_.c_fc,
-                "mlp.c_proj": mlp_.c_proj,
-            }
-            taken = {name: LinearLayer(self, layer) for name, layer in layers.items()}
-            for name, layer in layers.items():
-                layer.kernels = replace(layer.kernels, linear=taken[name])
-            mlp_.kernels = replace(mlp_.kernels, mlp=MLPLayers(taken["mlp.c_fc"], taken["mlp.c_proj"]))
-            self.layers |= {f"h.{number}.{name}": layer for name, layer in taken.items()}
-            self.masters += [layer.weight for layer in layers.values()]
+    def _take(self, block: Block, name: str) -> None:
+        attn, mlp = block.attn, block.mlp
+        layers = {
+            "attn.c_attn": attn.c_attn,
+            "attn.c_proj": attn.c_proj,
+            "mlp.c_fc": mlp.c_fc,
+            "mlp.c_proj": mlp.c_proj,
+        }
+        for own_name, layer in layers.items():
+            taken = self.layers[f"{name}.{own_name}"] = LinearLayer(self, layer)
+            layer.kernels = replace(layer.kernels, linear=taken)
+            self.masters.append(layer.weight)
+        fc, proj = (self.layers[f"{name}.mlp.{own_name}"] for own_name in ("c_fc", "c_proj"))
+        mlp.kernels = replace(mlp.kernels, mlp=MLPLayers(fc, proj))
 
     def _mean_loss(self, x: Tensor, master: Tensor, targets: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return mean_loss(x, master, targets)
-        return head_loss(x, master, self.head, targets, self.how.emulate)
-
-    def _scales(self) -> list[Scale]:
-        return [scale for layer in self.layers.values() for scale in (layer.of_x, layer.of_gradient)]
+            return kernels.mean_loss(x, master, targets)
+        return head_loss(x, master, self.head, targets, self.mode.emulate)
 
     def describe(self) -> str:
         what = "the head" if self.head_only else "the blocks' linear layers and the head"
         recipe = "" if self.head_only else f" ({self.recipe} scaling)"
-        return f"precision: {what} in FP8{recipe}, all else in bf16{', EMULATED' if self.how.emulate else ''}"
+        instead = ", EMULATED" if self.mode.emulate else ", in place of the kernels above for them"
+        return f"precision: {what} in FP8{recipe}{instead}; all else in bf16"
 
     @torch.no_grad()
     def weights_changed(self) -> None:
         """Rounds the weights anew."""
-        weights = [self.head, *(layer.weight for layer in self.layers.values())]
+        masters, weights = [self.head_master], [self.head]
+        layers = [layer.weight for layer in self.layers.values()]
         if self.rowwise:
-            for master, weight in zip(self.masters[1:], weights[1:], strict=True):
-                for into, inverse, matrix in zip(weight[:2], weight[2:], (master, master.T), strict=True):
-                    rounded, found = rows_rounded(matrix, E4M3)
-                    into.copy_(rounded), inverse.copy_(found)
-            weights = weights[:1]
-        masters = self.masters[: len(weights)]
+            for master, weight in zip(self.masters, layers, strict=True):
+                weight.round_rows(master)
+        else:
+            masters, weights = masters + self.masters, weights + layers
         amax = torch.stack(torch._foreach_norm(masters, torch.inf))
         factors = power_of_two(torch.finfo(E4M3).max, amax)
         unused = torch.zeros_like(amax[:1])
         for master, weight, factor in zip(masters, weights, factors.split(1), strict=True):
-            row, column, _ = cast(master, None, None, factor, unused, "itself", False, False, self.how.emulate)
+            row, column, _ = cast(master, None, None, factor, unused, "itself", False, False, self.mode.emulate)
             weight.row_major.copy_(row)
             weight.column_major.copy_(column)
-            weight.row_inverse.copy_(factor.reciprocal())
-            weight.column_inverse.copy_(weight.row_inverse)
+        inverses = factors.reciprocal().split(1)
+        torch._foreach_copy_([weight.row_inverse for weight in weights], inverses)
+        torch._foreach_copy_([weight.column_inverse for weight in weights], inverses)
 
     @torch.no_grad()
-    def updated(self) -> None:
-        """After an update of the weights: they are rounded anew, and the next step's factors are set. All ranks agree on them."""
+    def updated(self, is_bad: Tensor) -> None:
+        """After an update of the weights, which was left out where `is_bad` is above 0."""
         self.weights_changed()
-        if not self.layers or not self.delayed:
-            return
-        scales = self._scales()
-        amax = self._largest_of_all_ranks()
-        amax = torch.where(amax.isfinite(), amax, self.history[0])
-        factors = torch.cat([scale.factor for scale in scales])
-        self.saturated += (amax * factors > self.largest).sum()
-        self._look_back_on(torch.cat([amax[None], self.history[:-1]]))
+        if self.scaling:
+            self.scaling.updated(is_bad)
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.scaling is None or self.scaling.is_calibrated
 
     def calibrate(self, loss: Callable[[], Tensor], parameters: list[Tensor]) -> None:
-        """Finds the first factors by one pass, forward and backward, with factors from the tensors themselves."""
-        self._forget_amax()
-        self.how = self.how._replace(dynamic=True)
+        """Finds the first factors by one pass, forward and backward, that rounds by each tensor's own magnitude."""
+        assert self.scaling
+        self.scaling.forget()
+        self.mode, usual = self.mode._replace(dynamic=True), self.mode
         torch.autograd.grad(loss(), parameters)
-        self.how = self._how
-        self._look_back_on(self._largest_of_all_ranks().expand_as(self.history).clone())
-
-    def _largest_of_all_ranks(self) -> Tensor:
-        return self.ranks.max(torch.cat([scale.amax for scale in self._scales()]))
-
-    def _look_back_on(self, history: Tensor) -> None:
-        self.history = history
-        self.is_calibrated = True
-        factors = power_of_two(self.largest / ROOM, history.amax(0))
-        for scale, factor in zip(self._scales(), factors.split(1), strict=True):
-            scale.factor.copy_(factor)
-            scale.inverse.copy_(factor.reciprocal())
-        self._forget_amax()
-
-    def _forget_amax(self) -> None:
-        for scale in self._scales():
-            scale.amax.zero_()
+        self.mode = usual
+        self.scaling.calibrated()
 
     def read_saturated(self) -> int:
         """How often a tensor outgrew its factor, so that its largest numbers were cut, since this was last asked."""
-        count = int(self.saturated.item())
-        self.saturated.zero_()
+        if self.scaling is None:
+            return 0
+        count = int(self.scaling.saturated.item())
+        self.scaling.saturated.zero_()
         return count
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step's factors come from; nothing but the weights themselves in the other recipes."""
-        if not self.delayed or not self.is_calibrated:
-            return {}
-        return {"layers": list(self.layers), "world_size": self.ranks.world_size, "history": self.history}
+        """What the next step's factors come from; nothing where that is the tensors themselves."""
+        return self.scaling.state_dict() if self.scaling and self.scaling.is_calibrated else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved state, after the weights were loaded.
-
-        One of another precision or recipe, or of another number of ranks, whose gradients are of another size, is calibrated anew.
-        """
-        self.weights_changed()
-        fits = state.get("layers") == list(self.layers) and state.get("world_size") == self.ranks.world_size
-        self.is_calibrated = not self.delayed or self.head_only
-        if fits and not self.is_calibrated:
-            self._look_back_on(state["history"].to(self.history.device))
+        """Goes on from a saved state. The weights are loaded before, and weights_changed called."""
+        if self.scaling:
+            self.scaling.load_state_dict(state)
 
 
 def equip(model: GPT, train: TrainConfig, ranks: Ranks) -> FP8 | None:
@@ -226,18 +193,18 @@ def equip(model: GPT, train: TrainConfig, ranks: Ranks) -> FP8 | None:
     """
     if not train.precision.startswith("fp8"):
         return None
-    if refused := refusal(train, model.config, ranks.device):
-        raise ValueError(refused)
+    refuse_fp8(train, model.config, ranks.device)
     return FP8(model, train, ranks, emulate=train.kernels == "plain")
 
 
-def refusal(train: TrainConfig, model: ModelConfig, device: torch.device) -> str | None:
-    """What stands against the FP8 that is asked for, and what to do; None when nothing does."""
+def refuse_fp8(train: TrainConfig, model: ModelConfig, device: torch.device) -> None:
+    """Raises ValueError, saying what to do, when FP8 is asked for and cannot be had on this device."""
+    if not train.precision.startswith("fp8"):
+        return
     emulate = train.kernels == "plain"
     if why := why_not(device, model, train.fp8_recipe, emulate):
-        instead = "" if emulate else ", or --kernels plain, which emulates FP8 slowly on any device"
-        return f"precision {train.precision}: {why}; use --precision bf16{instead}"
-    return None
+        instead = "" if emulate else ", or --kernels plain, which emulates FP8, slowly, without such hardware"
+        raise ValueError(f"precision {train.precision}: {why}; use --precision bf16{instead}")
 
 
 def why_not(device: torch.device, model: ModelConfig, recipe: str, emulate: bool = False) -> str | None:
@@ -254,11 +221,27 @@ def why_not(device: torch.device, model: ModelConfig, recipe: str, emulate: bool
         return f"{needed}, and {torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}"
     if not fused_loss.HAS_TRITON:
         return "Triton is not installed"
+    name = torch.cuda.get_device_name(device)
+    try:
+        _try_kernels(device)
+        _try_products(device, rowwise=False)
+    except Exception as error:  # Triton has errors of its own
+        hint = " (TRITON_PTXAS_PATH names a newer ptxas)" if "ptxas" in str(error) else ""
+        return f"torch {torch.__version__} cannot compute in FP8 on {name}: {first_line(error)}{hint}"
     try:
         _try_products(device, recipe == "rowwise")
-    except (RuntimeError, ValueError, AttributeError) as error:
-        return f"torch {torch.__version__} cannot multiply in FP8 on {torch.cuda.get_device_name(device)} ({error})"
+    except (RuntimeError, ValueError) as error:
+        return f"torch {torch.__version__} cannot scale rows on {name} ({first_line(error)}), but --fp8_recipe delayed works there"
     return None
+
+
+def _try_kernels(device: torch.device) -> None:
+    """Raises what Triton raises where it cannot compile for this GPU."""
+    x, number = torch.zeros(MULTIPLE, MULTIPLE, device=device), torch.ones(1, device=device)
+    targets = torch.zeros(MULTIPLE, dtype=torch.int64, device=device)
+    for is_gradient in (False, True):
+        cast(x, None, None, number, number.clone(), "itself", is_gradient, True, False)
+    fused_loss.loss_rows(x.bfloat16(), targets)
 
 
 def _try_products(device: torch.device, rowwise: bool) -> None:

@@ -20,7 +20,7 @@ MULTIPLE = 16  # of a product's inner dimension and of its columns, which torch.
 What = Literal["itself", "gelu", "gelu_gradient", "softmax_gradient"]
 
 
-def made_into(x: Tensor, other: Tensor | None, targets: Tensor | None, what: str) -> Tensor:
+def values_of(x: Tensor, other: Tensor | None, targets: Tensor | None, what: str) -> Tensor:
     """The fp32 values that are rounded.
 
     itself: x. gelu: GELU of x, in the tanh form. gelu_gradient: x times the derivative of that at `other`.
@@ -37,6 +37,12 @@ def made_into(x: Tensor, other: Tensor | None, targets: Tensor | None, what: str
         assert other is not None and targets is not None
         return (x - other[:, None]).exp_().scatter_add_(1, targets[:, None], x.new_full((len(x), 1), -1.0))
     return x
+
+
+def largest_magnitude(x: Tensor, other: Tensor | None, what: str) -> Tensor:
+    """Of x as `what`, (1,) fp32."""
+    made = x if what == "itself" else values_of(x, other, None, what)
+    return torch.linalg.vector_norm(made, torch.inf, dtype=torch.float32).view(1)
 
 
 def power_of_two(largest: float | Tensor, amax: Tensor) -> Tensor:
@@ -71,7 +77,7 @@ def cast(
         x = x.contiguous()
         sums = triton_kernels.cast(x, other, targets, factor, amax, row_major, column_major, largest, what, with_sums)
         return row_major, column_major, sums
-    values = made_into(x, other, targets, what)
+    values = values_of(x, other, targets, what)
     if what != "softmax_gradient":
         torch.maximum(amax, values.abs().amax(), out=amax)
     scaled = (values * factor).clamp(-largest, largest)

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from gpt2core import fused_loss
-from gpt2core.fp8_cast import E4M3, E5M2, cast, made_into, power_of_two, product
+from gpt2core.fp8_cast import E4M3, E5M2, cast, largest_magnitude, power_of_two, product
 from gpt2core.kernels import weight_gradient
 
 HEAD_FACTOR = 2.0**15  # e5m2 holds it, and 2^-31 of it: probabilities of softmax down to 5e-10
-HEAD_ROWS = 32_768  # of logits at a time
 
 
 class Scale(NamedTuple):
@@ -45,8 +44,15 @@ class Weight(NamedTuple):
             *(torch.empty(shape, device=weight.device) for shape in shapes),
         )
 
+    def round_rows(self, master: Tensor) -> None:
+        """Rounds the fp32 weight with a factor for each row, and its transpose with one for each of its rows."""
+        for matrix, rounded, inverse in ((master, self[0], self[2]), (master.T, self[1], self[3])):
+            values, factors = rows_rounded(matrix, E4M3)
+            rounded.copy_(values)
+            inverse.copy_(factors)
 
-class How(NamedTuple):
+
+class Mode(NamedTuple):
     """What all products of a model have in common."""
 
     dynamic: bool  # factors from the tensor itself
@@ -56,19 +62,19 @@ class How(NamedTuple):
 def _rounded(
     x: Tensor,
     scale: Scale,
-    how: How,
+    mode: Mode,
     other: Tensor | None = None,
     what: str = "itself",
     is_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both layouts of x made into `what`, the inverse of its factor, and a gradient's column sums."""
     factor, inverse = scale.factor, scale.inverse
-    if how.dynamic:
+    if mode.dynamic:
         largest = torch.finfo(E5M2 if is_gradient else E4M3).max
-        factor = power_of_two(largest, made_into(x, other, None, what).abs().amax().view(1))
+        factor = power_of_two(largest, largest_magnitude(x, other, what))
         inverse = factor.reciprocal()
     row_major, column_major, sums = cast(
-        x, other, None, factor, scale.amax, what, is_gradient, is_gradient, how.emulate
+        x, other, None, factor, scale.amax, what, is_gradient, is_gradient, mode.emulate
     )
     return row_major, column_major, inverse, sums
 
@@ -78,24 +84,24 @@ class Linear8(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, master: Tensor, bias: Tensor, weight: Weight, of_x: Scale, of_gradient: Scale, how: How
+        ctx: Any, x: Tensor, master: Tensor, bias: Tensor, weight: Weight, of_x: Scale, of_gradient: Scale, mode: Mode
     ) -> Tensor:
-        row_major, column_major, inverse, _ = _rounded(x, of_x, how)
+        row_major, column_major, inverse, _ = _rounded(x, of_x, mode)
         ctx.save_for_backward(column_major, inverse)
         # not saved as the others are: what is saved must not change, and the amax of of_gradient will
-        ctx.weight, ctx.of_gradient, ctx.how = weight, of_gradient, how
+        ctx.weight, ctx.of_gradient, ctx.mode = weight, of_gradient, mode
         return product(
-            row_major, weight.row_major, inverse, weight.row_inverse, x.dtype, how.emulate, bias.to(x.dtype), fast=True
+            row_major, weight.row_major, inverse, weight.row_inverse, x.dtype, mode.emulate, bias.to(x.dtype), fast=True
         )
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         column_major, inverse = ctx.saved_tensors
-        weight, how = ctx.weight, ctx.how
-        row, column, gradient_inverse, sums = _rounded(gradient, ctx.of_gradient, how, is_gradient=True)
+        weight, mode = ctx.weight, ctx.mode
+        row, column, gradient_inverse, sums = _rounded(gradient, ctx.of_gradient, mode, is_gradient=True)
         return (
-            product(row, weight.column_major, gradient_inverse, weight.column_inverse, gradient.dtype, how.emulate),
-            product(column, column_major, gradient_inverse, inverse, torch.float32, how.emulate),
+            product(row, weight.column_major, gradient_inverse, weight.column_inverse, gradient.dtype, mode.emulate),
+            product(column, column_major, gradient_inverse, inverse, torch.float32, mode.emulate),
             sums,
             *(None,) * 4,
         )
@@ -115,33 +121,33 @@ class MLP8(torch.autograd.Function):
         weights: tuple[Weight, Weight],
         of_inputs: tuple[Scale, Scale],
         of_gradients: tuple[Scale, Scale],
-        how: How,
+        mode: Mode,
     ) -> Tensor:
-        x_row, x_column, x_inverse, _ = _rounded(x, of_inputs[0], how)
+        x_row, x_column, x_inverse, _ = _rounded(x, of_inputs[0], mode)
         fc8, proj8 = weights
         z = product(
-            x_row, fc8.row_major, x_inverse, fc8.row_inverse, x.dtype, how.emulate, fc_bias.to(x.dtype), fast=True
+            x_row, fc8.row_major, x_inverse, fc8.row_inverse, x.dtype, mode.emulate, fc_bias.to(x.dtype), fast=True
         )
-        row, column, inverse, _ = _rounded(z, of_inputs[1], how, what="gelu")
+        row, column, inverse, _ = _rounded(z, of_inputs[1], mode, what="gelu")
         ctx.save_for_backward(x_column, x_inverse, z, column, inverse)
-        ctx.weights, ctx.of_gradients, ctx.how = weights, of_gradients, how
+        ctx.weights, ctx.of_gradients, ctx.mode = weights, of_gradients, mode
         return product(
-            row, proj8.row_major, inverse, proj8.row_inverse, x.dtype, how.emulate, proj_bias.to(x.dtype), fast=True
+            row, proj8.row_major, inverse, proj8.row_inverse, x.dtype, mode.emulate, proj_bias.to(x.dtype), fast=True
         )
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x_column, x_inverse, z, activated_column, activated_inverse = ctx.saved_tensors
-        (fc8, proj8), how = ctx.weights, ctx.how
-        row, column, inverse, proj_bias = _rounded(gradient, ctx.of_gradients[1], how, is_gradient=True)
-        proj = product(column, activated_column, inverse, activated_inverse, torch.float32, how.emulate)
-        activated = product(row, proj8.column_major, inverse, proj8.column_inverse, gradient.dtype, how.emulate)
+        (fc8, proj8), mode = ctx.weights, ctx.mode
+        row, column, inverse, proj_bias = _rounded(gradient, ctx.of_gradients[1], mode, is_gradient=True)
+        proj = product(column, activated_column, inverse, activated_inverse, torch.float32, mode.emulate)
+        activated = product(row, proj8.column_major, inverse, proj8.column_inverse, gradient.dtype, mode.emulate)
         row, column, inverse, fc_bias = _rounded(
-            activated, ctx.of_gradients[0], how, z, "gelu_gradient", is_gradient=True
+            activated, ctx.of_gradients[0], mode, z, "gelu_gradient", is_gradient=True
         )
         return (
-            product(row, fc8.column_major, inverse, fc8.column_inverse, gradient.dtype, how.emulate),
-            product(column, x_column, inverse, x_inverse, torch.float32, how.emulate),
+            product(row, fc8.column_major, inverse, fc8.column_inverse, gradient.dtype, mode.emulate),
+            product(column, x_column, inverse, x_inverse, torch.float32, mode.emulate),
             fc_bias,
             proj,
             proj_bias,
@@ -199,10 +205,10 @@ def _head_loss(
     x_gradient, weight_gradient = torch.empty_like(x), torch.zeros_like(master)
     factor, unused = torch.full_like(inverse, HEAD_FACTOR), torch.zeros_like(inverse)
     gradient_inverse = 1 / (factor * len(x))
-    scale, how = Scale(factor, factor, unused), How(dynamic=True, emulate=emulate)
+    scale, mode = Scale(factor, factor, unused), Mode(dynamic=True, emulate=emulate)
     for start in range(0, len(x), rows):
         some = slice(start, start + rows)
-        x_row, x_column, x_inverse, _ = _rounded(x[some], scale, how)
+        x_row, x_column, x_inverse, _ = _rounded(x[some], scale, mode)
         logits = product(x_row, row_major, x_inverse, inverse, x.dtype, emulate, fast=True)  # (rows, V)
         losses[some], log_sums = fused_loss.loss_rows(logits, targets[some])
         row, column, _ = cast(logits, log_sums, targets[some], factor, unused, "softmax_gradient", True, False, emulate)
@@ -236,6 +242,6 @@ _head_loss.register_autograd(_scale_gradients, setup_context=fused_loss.save_gra
 def head_loss(x: Tensor, master: Tensor, weight: Weight, targets: Tensor, emulate: bool) -> Tensor:
     """Mean cross-entropy, fp32, of the logits x @ weight.T: x (N, C), weight (V, C), targets (N,)."""
     loss, _, _ = _head_loss(
-        x, master, weight.row_major, weight.column_major, weight.row_inverse, targets, HEAD_ROWS, emulate
+        x, master, weight.row_major, weight.column_major, weight.row_inverse, targets, fused_loss.ROWS, emulate
     )
     return loss

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 ROWS = 16_384  # of logits at a time: 1.6 GB in bf16, and enough to fill any GPU
-HAS_TRITON = (
-    importlib.util.find_spec("triton") is not None
-)  # torch's wheels bring it along for NVIDIA and AMD GPUs only
+# torch's wheels bring it along for NVIDIA and AMD GPUs only
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def _losses_in_place(logits: Tensor, targets: Tensor, scale: float) -> Tensor:

@@ -248,15 +248,17 @@ def _fp8(config: RunConfig) -> str:
         "import sys\n"
         "from gpt2core.config import RunConfig\n"
         "from gpt2core.distributed import pick_device\n"
-        "from gpt2core.fp8 import refusal\n"
+        "from gpt2core.fp8 import refuse_fp8\n"
         "config = RunConfig.model_validate_json(sys.stdin.read())\n"
-        "print(refusal(config.train, config.model, pick_device(config.train.device)) or '')"
+        "try:\n"
+        "    refuse_fp8(config.train, config.model, pick_device(config.train.device))\n"
+        "except ValueError as error:\n"
+        "    sys.exit(str(error))\n"
     )
-    asked = subprocess.run(
-        [sys.executable, "-c", code], input=config.model_dump_json(), capture_output=True, text=True, check=True
-    )
-    if refused := asked.stdout.strip():
-        raise ValueError(refused)
+    command = [sys.executable, "-c", code]
+    asked = subprocess.run(command, input=config.model_dump_json(), capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise ValueError(asked.stderr.strip().split("\n")[-1])
     return f"{config.train.precision} can be had"
 
 

@@ -24,6 +24,7 @@ from gpt2core.checkpoint_folder import CheckpointFolder
 from gpt2core.config import RunConfig
 from gpt2core.distributed import Ranks, StopRequest, make_deterministic
 from gpt2core.flags import Parser, add_recipe, add_settings, main_guard, run_config
+from gpt2core.fp8 import refuse_fp8
 from gpt2core.launch import GRACE_S, die_with_parent, tell
 from gpt2core.log_line import ENDED_BY
 from gpt2core.metrics import MetricsLog
@@ -127,6 +128,7 @@ def _train(
     checkpoints = CheckpointFolder(folder.checkpoints)
     findings = preflight(config, ranks.world_size)
     ranks.on_main(checkpoints.check_writable)
+    ranks.on_main(lambda: refuse_fp8(config.train, config.model, ranks.device))
     torch.set_float32_matmul_precision("high")  # TF32 for what is fp32 on the GPU
     keep_compiled_kernels()
     trainer = Trainer(config, ranks)

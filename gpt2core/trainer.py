@@ -203,7 +203,7 @@ class Trainer:
         self.optimizer.step(is_bad)
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * is_bad
         if self.fp8:
-            self.fp8.updated()
+            self.fp8.updated(is_bad)
 
     def _calibrate(self, fp8: FP8, inputs: Tensor, targets: Tensor) -> None:
         """By a few sequences, whose gradients are made as small as they will be among all of a step."""
@@ -229,7 +229,7 @@ class Trainer:
                 "data_wait_ms": 1000 * (self.loader.wait_s - self.logged_wait_s) / steps,
                 **self.progress(),
             }
-            if self.fp8:
+            if self.fp8 and self.fp8.scaling:
                 values["fp8_saturated"] = self.fp8.read_saturated()
             if self.ranks.device.type == "cuda":
                 values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -333,7 +333,7 @@ class Trainer:
         check_same_model(where, state["config"]["model"], self.config.model.model_dump())
         self.raw_model.load_state_dict(state["model"])
         if self.fp8:
-            self.fp8.load_state_dict({})
+            self.fp8.weights_changed()
 
     def load_state_dict(
         self,

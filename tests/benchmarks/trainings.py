@@ -81,6 +81,8 @@ class Trainings:
         """Whether the run is at its end, after some training where it was not; False when the time is up before."""
         if self.steps in curve.val_losses:
             return True
+        if self.deadline and time.monotonic() >= self.deadline:
+            return False
         command = [sys.executable, "-m", "gpt2core.cli", "train", *FIXED.split(), *self.train_flags]
         command += [f"--{name}={value}" for name, value in curve.contender.flags.items()]
         command += [f"--steps_per_epoch={self.steps}", f"--seed={curve.seed}", "--resume=latest"]
