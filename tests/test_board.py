@@ -22,7 +22,7 @@ from gpt2core.run_folder import RunFolder
 pytestmark = pytest.mark.slow  # starts trainers and TensorBoard
 
 RUN, BY_TOKENS, OF_CHECKPOINTS = "tiny/tensorboard", "tiny/tensorboard/over_tokens", "tiny/tensorboard/evaluation"
-TOKENS_PER_STEP = 512
+TOKENS_PER_STEP = 256
 
 
 def measured(step: int, val_loss: float, acc_norm: float) -> Evaluation:

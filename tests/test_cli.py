@@ -61,6 +61,27 @@ def test_gpt2_lists_its_commands(lab: Any) -> None:
     assert lab.run("gpt2core.cli", []).returncode != 0
 
 
+WITHOUT_TORCH = """
+import contextlib, sys
+from gpt2core.cli import run
+for command in sys.argv[3:]:
+    with contextlib.suppress(SystemExit):
+        run([command, "--help"])
+run(["status", "--artifacts_dir", sys.argv[1]])
+run(["checkpoints", "list", "--run_name", "tiny", "--artifacts_dir", sys.argv[1]])
+run(["train", "--run_name", "tiny", "--artifacts_dir", sys.argv[1], "--data_dir", sys.argv[2], "--list_checkpoints"])
+sys.exit("torch" in sys.modules)
+"""
+
+
+def test_what_computes_nothing_does_not_wait_for_torch(tiny: Path, lab: Any) -> None:
+    computing = {"evaluate", "promote", "generate", "export", "import"}
+    arguments = map(str, [tiny.parent, lab.data_dir, *COMMANDS.keys() - computing])
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch_00001") == 2
+
+
 def test_help_of_train_names_every_flag_of_the_contract(capsys: Any) -> None:
     with pytest.raises(SystemExit):
         gpt2("train", "--help")

@@ -59,10 +59,12 @@ def stored(run: Path, step: int) -> Path:
 
 
 @pytest.mark.parametrize(("name", "step"), [("latest", 24), ("epoch_00001", 12), ("rolling_step_000022", 22)])
-def test_a_name_measures_what_training_measured(measure: Any, run: Path, lab: Any, name: str, step: int) -> None:
+def test_a_name_measures_what_training_measured(
+    measure: Any, run: Path, lab: Any, straight: Path, name: str, step: int
+) -> None:
     result = measure(name)
     assert (result.checkpoint, result.step) == (name, step)
-    val_losses = lab.logged(lab.root / "straight" / "tiny", "val_loss")
+    val_losses = lab.logged(straight, "val_loss")
     if step in val_losses:
         assert result.val_loss == pytest.approx(val_losses[step], abs=1e-6)
     assert result.perplexity == pytest.approx(math.exp(result.val_loss))
@@ -102,7 +104,7 @@ def test_a_measurement_on_other_data_does_not_replace_the_runs_own(measure: Any,
     ad_hoc = measure("latest", "--result", tmp_path / "result.json")
     own = run / "evaluations" / "step_000024.json"
     own.write_text(ad_hoc.model_copy(update={"val_loss": 1.0}).model_dump_json())
-    measure("latest", "--val_tokens", "512")
+    measure("latest", "--val_tokens", "256")
     assert Evaluation.model_validate_json(own.read_text()).val_loss == 1.0
     assert len(list((run / "evaluations").glob("*.json"))) == 3
     assert evaluations(RunFolder(run.parent, "tiny"))[24].val_loss == 1.0
@@ -122,8 +124,8 @@ def test_a_stored_result_is_reused_until_forced_or_asked_otherwise(measure: Any,
     again = measure("latest", "--force")
     assert again.duration_s != first.duration_s
     assert again.val_loss == first.val_loss
-    fewer = measure("latest", "--val_tokens", "512")
-    assert fewer.val_tokens == 512
+    fewer = measure("latest", "--val_tokens", "256")
+    assert fewer.val_tokens == 256
     assert fewer.val_loss != first.val_loss
 
 

@@ -89,8 +89,8 @@ def test_a_checkpoint_is_a_plain_and_complete_dict(straight: Path, lab: Any) -> 
     assert promised <= checkpoint.keys()
     assert checkpoint["step"] == lab.max_steps
     assert checkpoint["epoch"] == 2
-    assert checkpoint["tokens_seen"] == lab.max_steps * 512
-    assert checkpoint["data"]["consumed"] == lab.max_steps * 16  # sequences
+    assert checkpoint["tokens_seen"] == lab.max_steps * 256
+    assert checkpoint["data"]["consumed"] == lab.max_steps * 8  # sequences
     (rng,) = checkpoint["rng"]
     assert {"torch", "cuda", "numpy", "python"} == rng.keys()
     assert rng["torch"].dtype == torch.uint8
@@ -190,7 +190,7 @@ def test_a_run_of_two_ranks_goes_on_in_one_process(
     assert one["data"] == other["data"]
 
 
-@pytest.mark.parametrize("mini_batch_size", [2, 8])
+@pytest.mark.parametrize("mini_batch_size", [1, 4])
 def test_accumulation_does_not_change_the_losses(
     lab: Any, straight: Path, tmp_path: Path, train_here: Any, mini_batch_size: int
 ) -> None:
@@ -309,7 +309,7 @@ def test_settings_that_do_not_shape_the_run_may_change(
     lab: Any, first_epoch: Path, tmp_path: Path, train_here: Any
 ) -> None:
     run = lab.copy_run(first_epoch, tmp_path)
-    changes = {"keep_checkpoints": 1, "mini_batch_size": 8, "checkpoint_freq": 0, "eval_freq": 0}
+    changes = {"keep_checkpoints": 1, "mini_batch_size": 4, "checkpoint_freq": 0, "eval_freq": 0}
     train_here([*lab.flags(tmp_path, **changes), "--resume", "latest"])
     assert [path.stem for path in (run / "checkpoints").glob("rolling_*.pt")] == ["rolling_step_000024"]
 
@@ -380,7 +380,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_numbers_that_do(
 ) -> None:
     with pytest.raises(ValueError, match="mini_batch_size 2 or 4") as caught:
         train_here(lab.flags(tmp_path, mini_batch_size=3))
-    assert "512 tokens does not divide" in str(caught.value)
+    assert "256 tokens does not divide" in str(caught.value)
 
 
 def test_missing_data_is_refused_with_the_command_that_makes_it(lab: Any, tmp_path: Path, train_here: Any) -> None:
