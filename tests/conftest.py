@@ -252,6 +252,13 @@ class Lab:
         finally:
             started.end()
 
+    def examples(self, count: int) -> Path:
+        """So many of the bundled HellaSwag, few enough to be quick on a CPU."""
+        path = self.root / f"hellaswag_{count}.jsonl"
+        lines = self.hellaswag.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(lines[:count]), encoding="utf-8")
+        return path
+
     def copy_run(self, run: Path, artifacts_dir: Path, name: str = "tiny") -> Path:
         """The run under another artifacts folder; checkpoint files are linked, for nobody writes into one."""
 

@@ -29,10 +29,7 @@ pytestmark = pytest.mark.slow  # each test starts trainers or other processes
 
 @pytest.fixture(scope="session")
 def hellaswag(lab: Any) -> Path:
-    """The first 16 examples of the bundled sample: 64 candidates, quick on a CPU."""
-    path = lab.root / "hellaswag_16.jsonl"
-    path.write_text("".join(lab.hellaswag.read_text(encoding="utf-8").splitlines(keepends=True)[:16]), encoding="utf-8")
-    return path
+    return lab.examples(16)
 
 
 @pytest.fixture
