@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 DEMO := $(BIN)/python -m flows.pretrain --recipe demo --nproc_per_node 2
 
 .DEFAULT_GOAL := help
@@ -46,11 +47,11 @@ lint: setup
 	$(BIN)/mypy
 
 check: lint
-	$(BIN)/python -m pytest -m 'not slow and not soak'
+	$(PYTEST) -m 'not slow and not soak'
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)

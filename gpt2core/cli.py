@@ -42,20 +42,19 @@ def data(argv: list[str]) -> int:
 
 
 def train(argv: list[str]) -> int:
-    from gpt2core import launch
-    from gpt2core import train as training
+    from gpt2core import launch, train_command
     from gpt2core.preflight import preflight
 
     parser = Parser(prog="gpt2 train", description="Train GPT-2, in one process or under torchrun in several.")
     add_settings(parser, LaunchConfig)
-    training.add_arguments(parser)
+    train_command.add_arguments(parser)
     arguments = parser.parse_args(argv)
     config, launched = run_config(arguments), settings_of(LaunchConfig, arguments)
     if arguments.list_checkpoints:
-        training.main(_without_launch_flags(argv))
+        train_command.list_checkpoints(config)
         return 0
     nproc = launch.num_processes(launched.nproc_per_node, config.train.device)
-    training.refuse_silent_overwrite(config, arguments.resume)
+    train_command.refuse_silent_overwrite(config, arguments.resume)
     preflight(config, launched.nnodes * nproc)
     torchrun_flags = launched.torchrun_flags(nproc, config.run_name)
     command = launch.python_command("gpt2core.train", _without_launch_flags(argv), torchrun_flags)
@@ -187,7 +186,6 @@ def import_(argv: list[str]) -> None:
 
 def checkpoints(argv: list[str]) -> int:
     from gpt2core import listing
-    from gpt2core.checkpoint import damage
     from gpt2core.checkpoint_folder import CheckpointFolder
     from gpt2core.run_folder import RunFolder
     from gpt2core.storage import join
@@ -210,6 +208,8 @@ def checkpoints(argv: list[str]) -> int:
     elif arguments.action == "du":
         listing.print_disk_use(folder)
     elif arguments.action == "verify":
+        from gpt2core.checkpoint import damage
+
         names = [arguments.name] if arguments.name else folder.names()
         listing.require_checkpoints(folder)
         bad = [name for name in names if listing.print_verdict(name, damage(folder, name))]

@@ -5,7 +5,6 @@ torchrun --standalone --nproc_per_node=4 -m gpt2core.train --run_name NAME --res
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import faulthandler
 import os
@@ -23,7 +22,7 @@ from gpt2core.checkpoint import Saver, load, load_newest
 from gpt2core.checkpoint_folder import CheckpointFolder
 from gpt2core.config import RunConfig
 from gpt2core.distributed import Ranks, StopRequest, make_deterministic
-from gpt2core.flags import Parser, add_recipe, add_settings, main_guard, run_config
+from gpt2core.flags import Parser, main_guard, run_config
 from gpt2core.fp8 import refuse_fp8
 from gpt2core.launch import GRACE_S, die_with_parent, tell
 from gpt2core.log_line import ENDED_BY
@@ -33,27 +32,11 @@ from gpt2core.processes import Process
 from gpt2core.run_checkpoint import load_at
 from gpt2core.run_folder import RunFolder
 from gpt2core.storage import exists, first_line
+from gpt2core.train_command import add_arguments, list_checkpoints, refuse_silent_overwrite
 from gpt2core.trainer import Trainer, optimizer_of
 from gpt2core.watchdog import STACKS_SIGNAL, end_orphans
 
 STDERR = 2  # the descriptor: a test may have put something else in the place of sys.stderr
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `python -m gpt2core.train` and of `gpt2 train`."""
-    parser.add_argument(
-        "--resume",
-        metavar="latest|NAME|PATH",
-        help="checkpoint to go on from; 'latest' starts afresh where there is none",
-    )
-    parser.add_argument("--force", action="store_true", help="resume although settings that shape the run have changed")
-    parser.add_argument(
-        "--accept_changed_data", action="store_true", help="resume although the shards are not those it was trained on"
-    )
-    parser.add_argument("--stop_epoch", type=int, metavar="N", help="stop at the end of epoch N, counted from 1")
-    parser.add_argument("--list_checkpoints", action="store_true", help="show the run's checkpoints and exit")
-    add_recipe(parser)
-    add_settings(parser, RunConfig)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,11 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     config = run_config(arguments)
     if arguments.list_checkpoints:
-        from gpt2core.listing import print_checkpoints
-
-        begun = RunFolder(config.artifacts_dir, config.run_name)  # its config.json says where they lie
-        folder = begun if begun.config_file.exists() else RunFolder.of(config)
-        print_checkpoints(CheckpointFolder(folder.checkpoints))
+        list_checkpoints(config)
         return
     train(
         config,
@@ -208,22 +187,6 @@ def keep_compiled_kernels() -> None:
 
     if hasattr(functorch, "autograd_cache_allow_custom_autograd_functions"):  # since torch 2.9; ours are pure
         functorch.autograd_cache_allow_custom_autograd_functions = True
-
-
-def refuse_silent_overwrite(config: RunConfig, resume: str | None) -> None:
-    """Raises ValueError when the run folder holds checkpoints and it was not said what to do with them."""
-    folder = RunFolder.of(config)
-    begun_in = RunFolder(config.artifacts_dir, config.run_name).checkpoints  # as config.json has it
-    if begun_in != folder.checkpoints and CheckpointFolder(begun_in).names():
-        raise ValueError(
-            f"the checkpoints of {folder.path} lie in {begun_in}, and --checkpoint_dir says {folder.checkpoints}: "
-            f"give the same --checkpoint_dir, move them there, or start another run with --run_name"
-        )
-    if resume is None and CheckpointFolder(folder.checkpoints).names():
-        raise ValueError(
-            f"{folder.path} already holds checkpoints: go on from them with --resume latest, "
-            f"or start another run with --run_name"
-        )
 
 
 def restore(

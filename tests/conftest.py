@@ -1,7 +1,11 @@
-"""A tiny dataset and tiny runs, made once a session by real processes and shared by the tests that look at them."""
+"""A tiny dataset and tiny runs, made once a session by real processes and shared by the tests that look at them.
+
+`make test` runs files beside each other (pytest-xdist): what is made once is made once for all of its workers.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
@@ -23,10 +27,15 @@ from orchestration import Orchestration
 from servers import http_files, hub, s3, s3_server  # noqa: F401  fixtures
 
 from gpt2core.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
+from gpt2core.launch import KEEP_FREED_MEMORY
 from gpt2core.run_folder import RunFolder
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, by whichever test is first
+# Ranks and tests run beside each other: a thread each, in this process and in all that it starts.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+os.environ |= ONE_THREAD
+torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHAKESPEARE = REPOSITORY / "data" / "sample" / "tinyshakespeare.txt"
@@ -39,8 +48,8 @@ SETTINGS: dict[str, Any] = {
     "num_layers": 2,
     "embd_size": 32,
     "num_heads": 2,
-    "total_batch_size": 512,
-    "mini_batch_size": 4,
+    "total_batch_size": 256,
+    "mini_batch_size": 2,
     "num_epochs": 2,
     "steps_per_epoch": STEPS_PER_EPOCH,
     "warmup_steps": 2,
@@ -50,9 +59,10 @@ SETTINGS: dict[str, Any] = {
     "hellaswag_freq": 0,
     "sample_freq": 0,
     "histogram_freq": 0,
-    "val_tokens": 1024,
+    "val_tokens": 512,
     "device": "cpu",
 }
+TRAINER_ENVIRONMENT = KEEP_FREED_MEMORY | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
 def wait_until(happened: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
@@ -165,8 +175,9 @@ class Lab:
     metrics = staticmethod(metrics)
     logged = staticmethod(logged)
 
-    def __init__(self, root: Path, data_dir: Path) -> None:
-        self.root, self.data_dir = root, data_dir
+    def __init__(self, root: Path, shared: Path) -> None:
+        self.root = root  # of this worker
+        self.shared, self.data_dir = shared, shared / "data"  # of all of them: look, do not touch
 
     def flags(self, artifacts_dir: Path, **changes: Any) -> list[str]:
         """Flags of the tiny run, named `tiny`; `changes` to a setting, or None to leave one out."""
@@ -189,8 +200,7 @@ class Lab:
         return [sys.executable, "-m", *torchrun, module, *map(str, arguments)]
 
     def environment(self) -> dict[str, str]:
-        one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-        return {name: value for name, value in os.environ.items() if name != "GPT2_STARTED_BY"} | one_thread
+        return {name: value for name, value in os.environ.items() if name != "GPT2_STARTED_BY"} | TRAINER_ENVIRONMENT
 
     def run(
         self, module: str, arguments: list[str], nproc: int = 1, deadline_s: float = DEADLINE_S
@@ -244,6 +254,13 @@ class Lab:
         finally:
             started.end()
 
+    def examples(self, count: int) -> Path:
+        """So many of the bundled HellaSwag, few enough to be quick on a CPU."""
+        path = self.root / f"hellaswag_{count}.jsonl"
+        lines = self.hellaswag.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(lines[:count]), encoding="utf-8")
+        return path
+
     def copy_run(self, run: Path, artifacts_dir: Path, name: str = "tiny") -> Path:
         """The run under another artifacts folder; checkpoint files are linked, for nobody writes into one."""
 
@@ -292,13 +309,31 @@ class Lab:
             assert logged(run, name) == logged(other, name), name
 
 
+def made_once(folder: Path, make: Callable[[], object]) -> Path:
+    """The folder, made by the first of the workers that needs it."""
+    folder.parent.mkdir(exist_ok=True)
+    made = folder.with_suffix(".made")
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            make()
+            made.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    root = tmp_path_factory.mktemp("lab")
-    lab = Lab(root, root / "data")
+    session = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        session = session.parent
+    lab = Lab(tmp_path_factory.mktemp("lab"), session / "shared")
     source = ["--source", SHAKESPEARE, "--data_dir", lab.data_dir, "--shard_size", 32_768]
-    done = lab.run("gpt2core.cli", ["prepare", *source])
-    assert done.returncode == 0, done.stderr
+
+    def prepare() -> None:
+        done = lab.run("gpt2core.cli", ["prepare", *source])
+        assert done.returncode == 0, done.stderr
+
+    made_once(lab.data_dir, prepare)
     return lab
 
 
@@ -325,30 +360,31 @@ def other_data_dir(lab: Lab) -> Path:
     return folder
 
 
+def trained_once(lab: Lab, name: str, *flags: str, nproc: int = 1) -> Path:
+    artifacts = lab.shared / name
+    return made_once(artifacts, lambda: lab.train([*lab.flags(artifacts), *flags], nproc)) / "tiny"
+
+
 @pytest.fixture(scope="session")
 def straight(lab: Lab) -> Path:
     """A whole run in one process, without a stop. Look, do not touch: copy_run makes one to work on."""
-    lab.train(lab.flags(lab.root / "straight"))
-    return lab.root / "straight" / "tiny"
+    return trained_once(lab, "straight")
 
 
 @pytest.fixture(scope="session")
 def straight_two_ranks(lab: Lab) -> Path:
-    lab.train(lab.flags(lab.root / "straight2"), nproc=2)
-    return lab.root / "straight2" / "tiny"
+    return trained_once(lab, "straight_two_ranks", nproc=2)
 
 
 @pytest.fixture(scope="session")
 def first_epoch(lab: Lab) -> Path:
     """The same run, stopped at the end of its first epoch."""
-    lab.train([*lab.flags(lab.root / "half"), "--stop_epoch", "1"])
-    return lab.root / "half" / "tiny"
+    return trained_once(lab, "first_epoch", "--stop_epoch", "1")
 
 
 @pytest.fixture(scope="session")
 def first_epoch_two_ranks(lab: Lab) -> Path:
-    lab.train([*lab.flags(lab.root / "half2"), "--stop_epoch", "1"], nproc=2)
-    return lab.root / "half2" / "tiny"
+    return trained_once(lab, "first_epoch_two_ranks", "--stop_epoch", "1", nproc=2)
 
 
 @pytest.fixture

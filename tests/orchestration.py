@@ -31,8 +31,8 @@ DEADLINE_S = 400.0  # for any one event; only a hang comes near it
 def prefect_environment(home: Path) -> dict[str, str]:
     """The environment of a Prefect that keeps all it has in this folder."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    return kept | one_thread | {"PREFECT_HOME": str(home), "PREFECT_WORKER_QUERY_SECONDS": "2"}
+    own = {"PREFECT_HOME": str(home), "PREFECT_WORKER_QUERY_SECONDS": "2"}
+    return kept | own | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
 class Orchestration:

@@ -12,6 +12,7 @@ import torch
 from gpt2core import attempts
 from gpt2core.checkpoint import save
 from gpt2core.checkpoint_folder import CheckpointFolder
+from gpt2core.cli import run as gpt2
 from gpt2core.run_folder import RunFolder
 from tasks import waiting
 
@@ -93,12 +94,15 @@ def test_a_damaged_file_is_named_in_one_sentence(folder: RunFolder) -> None:
         attempts.begin(folder, "a")
 
 
-def test_status_shows_how_often_and_why_a_run_was_resumed(lab: Any, first_epoch: Path, tmp_path: Path) -> None:
+def test_status_shows_how_often_and_why_a_run_was_resumed(
+    lab: Any, first_epoch: Path, tmp_path: Path, capsys: Any
+) -> None:
     run = lab.copy_run(first_epoch, tmp_path)
     folder = RunFolder(tmp_path, run.name)
     fail(folder, "rank 1 was killed by SIGKILL")
     attempts.begin(folder, "a")
-    said = lab.run("gpt2core.cli", ["status", "--artifacts_dir", tmp_path]).stdout
+    gpt2(["status", "--artifacts_dir", str(tmp_path)])
+    said = capsys.readouterr().out
     assert "tiny: resumed 1 time, 0 steps lost in all" in said
     assert "at step 12 (0 lost): rank 1 was killed by SIGKILL" in said
 

@@ -49,11 +49,11 @@ def test_a_larger_model_or_batch_is_expected_to_need_more() -> None:
     assert expected_bytes(small, 64) < expected_bytes(small, 128) < expected_bytes(large, 128)
 
 
-def test_auto_gives_the_losses_of_the_size_it_takes(lab: Any, tmp_path: Path) -> None:
+def test_auto_gives_the_losses_of_the_size_it_takes(lab: Any, tmp_path: Path, train_here: Any) -> None:
     losses = []
     for name, size in (("auto", "auto"), ("eight", "8")):
-        flags = lab.flags(tmp_path, run_name=name, mini_batch_size=size, total_batch_size=16 * 32, steps_per_epoch=3)
-        lab.train(flags)
+        length = {"num_epochs": 1, "steps_per_epoch": 3}
+        train_here(lab.flags(tmp_path, run_name=name, mini_batch_size=size, total_batch_size=16 * 32, **length))
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses.append([line["loss"] for line in map(json.loads, lines) if "loss" in line])
         log = (tmp_path / name / "logs" / "log.txt").read_text()

@@ -23,7 +23,7 @@ from gpt2core.run_folder import RunFolder
 pytestmark = pytest.mark.slow  # starts trainers and TensorBoard
 
 RUN, BY_TOKENS, OF_CHECKPOINTS = "tiny/tensorboard", "tiny/tensorboard/over_tokens", "tiny/tensorboard/evaluation"
-TOKENS_PER_STEP = 512
+TOKENS_PER_STEP = 256
 
 
 def measured(step: int, val_loss: float, acc_norm: float) -> Evaluation:
@@ -46,17 +46,14 @@ def measured(step: int, val_loss: float, acc_norm: float) -> Evaluation:
 
 @pytest.fixture(scope="module")
 def killed_and_resumed(lab: Any) -> Path:
-    """A run that was killed twice in the middle of an epoch, and went on to its end."""
-    hellaswag = lab.root / "three.jsonl"
-    hellaswag.write_text("".join(lab.hellaswag.read_text(encoding="utf-8").splitlines(keepends=True)[:3]))
-    changes = {"hellaswag_freq": 12, "hellaswag": hellaswag, "checkpoint_freq": 4, "eval_freq": 3}
+    """A run that was killed in the middle of an epoch, and went on to its end."""
+    changes = {"hellaswag_freq": 12, "hellaswag": lab.examples(3), "checkpoint_freq": 4, "eval_freq": 3}
     flags = [*lab.flags(lab.root / "board", **changes), "--resume", "latest"]
     run = lab.root / "board" / "tiny"
-    for step in (7, 15):
-        with lab.started(run, flags) as trainer:
-            trainer.wait_for_step(step)
-            os.kill(trainer.process.pid, signal.SIGKILL)
-            trainer.wait()
+    with lab.started(run, flags) as trainer:
+        trainer.wait_for_step(15)
+        os.kill(trainer.process.pid, signal.SIGKILL)
+        trainer.wait()
     lab.train(flags)
     return run
 
@@ -65,7 +62,7 @@ def scalars(multiplexer: EventMultiplexer, run: str, tag: str) -> list[tuple[int
     return [(event.step, event.value) for event in multiplexer.Scalars(run, tag)]
 
 
-def test_curves_go_on_after_two_kills_with_each_point_once(killed_and_resumed: Path, lab: Any) -> None:
+def test_curves_go_on_after_a_kill_with_each_point_once(killed_and_resumed: Path, lab: Any) -> None:
     found = EventMultiplexer(size_guidance={"scalars": 0}).AddRunsFromDirectory(str(killed_and_resumed.parent))
     found.Reload()
     steps = list(range(1, lab.max_steps + 1))

@@ -26,13 +26,6 @@ def tiny(lab: Any, straight: Path, tmp_path: Path) -> Path:
     return lab.copy_run(straight, tmp_path)
 
 
-@pytest.fixture
-def few_examples(lab: Any, tmp_path: Path) -> Path:
-    path = tmp_path / "few.jsonl"
-    path.write_text("".join(lab.hellaswag.read_text(encoding="utf-8").splitlines(keepends=True)[:4]), encoding="utf-8")
-    return path
-
-
 def gpt2(*arguments: object) -> int:
     return run([str(argument) for argument in arguments])
 
@@ -59,6 +52,27 @@ def test_gpt2_lists_its_commands(lab: Any) -> None:
     assert done.returncode == 0
     assert all(command in done.stdout for command in COMMANDS)
     assert lab.run("gpt2core.cli", []).returncode != 0
+
+
+WITHOUT_TORCH = """
+import contextlib, sys
+from gpt2core.cli import run
+for command in sys.argv[3:]:
+    with contextlib.suppress(SystemExit):
+        run([command, "--help"])
+run(["status", "--artifacts_dir", sys.argv[1]])
+run(["checkpoints", "list", "--run_name", "tiny", "--artifacts_dir", sys.argv[1]])
+run(["train", "--run_name", "tiny", "--artifacts_dir", sys.argv[1], "--data_dir", sys.argv[2], "--list_checkpoints"])
+sys.exit("torch" in sys.modules)
+"""
+
+
+def test_what_computes_nothing_does_not_wait_for_torch(tiny: Path, lab: Any) -> None:
+    computing = {"evaluate", "promote", "generate", "export", "import"}
+    arguments = map(str, [tiny.parent, lab.data_dir, *COMMANDS.keys() - computing])
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch_00001") == 2
 
 
 def test_help_of_train_names_every_flag_of_the_contract(capsys: Any) -> None:
@@ -126,9 +140,9 @@ def test_generate_refuses_numbers_that_mean_nothing(tiny: Path, flags: list[str]
         gpt2("generate", "Hello", *TINY, tiny.parent, "--checkpoint", "latest", "--device", "cpu", *flags)
 
 
-def test_evaluate_refuses_zero_val_tokens(tiny: Path, few_examples: Path) -> None:
+def test_evaluate_refuses_zero_val_tokens(tiny: Path, lab: Any) -> None:
     with pytest.raises(ValueError, match="val_tokens"):
-        gpt2("evaluate", *TINY, tiny.parent, "--hellaswag", few_examples, "--device", "cpu", "--val_tokens", "0")
+        gpt2("evaluate", *TINY, tiny.parent, "--hellaswag", lab.examples(4), "--device", "cpu", "--val_tokens", "0")
 
 
 def test_a_real_process_refuses_in_one_sentence(lab: Any, tmp_path: Path) -> None:
@@ -145,13 +159,11 @@ def test_a_gpu_that_is_not_there_is_refused_in_one_sentence(lab: Any, tmp_path: 
         assert_one_sentence(lab.run("gpt2core.cli", ["train", "--nproc_per_node", "99", *flags]), "nproc_per_node 99")
         return
     assert_one_sentence(lab.run("gpt2core.train", flags), "device cuda", "--device cpu")
-    for nproc in ("1", "2"):
-        flags = lab.flags(tmp_path, device="cuda")
-        done = lab.run("gpt2core.cli", ["train", "--nproc_per_node", nproc, *flags])
-        assert done.returncode != 0
-        assert "Traceback" not in done.stdout + done.stderr
-        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        assert len(said) == 1 and "device cuda" in said[0], said
+    done = lab.run("gpt2core.cli", ["train", "--nproc_per_node", "2", *lab.flags(tmp_path, device="cuda")])
+    assert done.returncode != 0
+    assert "Traceback" not in done.stdout + done.stderr
+    said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    assert len(said) == 1 and "device cuda" in said[0], said
 
 
 # --- what commands do ------------------------------------------------------------------------------------------------
@@ -316,8 +328,18 @@ def test_a_prompt_longer_than_the_context_is_refused_before_any_text(tiny: Path,
         assert refused.stdout == ""
 
 
-def test_promote_after_evaluate(tiny: Path, few_examples: Path, capsys: Any) -> None:
-    evaluate = ["evaluate", "--checkpoint", "best", "--hellaswag", few_examples, "--device", "cpu", *TINY, tiny.parent]
+def test_promote_after_evaluate(tiny: Path, lab: Any, capsys: Any) -> None:
+    evaluate = [
+        "evaluate",
+        "--checkpoint",
+        "best",
+        "--hellaswag",
+        lab.examples(4),
+        "--device",
+        "cpu",
+        *TINY,
+        tiny.parent,
+    ]
     assert not gpt2(*evaluate)
     assert not gpt2("promote", *TINY, tiny.parent)
     assert "promoted: tiny" in capsys.readouterr().out

@@ -29,10 +29,7 @@ pytestmark = pytest.mark.slow  # each test starts trainers or other processes
 
 @pytest.fixture(scope="session")
 def hellaswag(lab: Any) -> Path:
-    """The first 16 examples of the bundled sample: 64 candidates, quick on a CPU."""
-    path = lab.root / "hellaswag_16.jsonl"
-    path.write_text("".join(lab.hellaswag.read_text(encoding="utf-8").splitlines(keepends=True)[:16]), encoding="utf-8")
-    return path
+    return lab.examples(16)
 
 
 @pytest.fixture
@@ -59,10 +56,12 @@ def stored(run: Path, step: int) -> Path:
 
 
 @pytest.mark.parametrize(("name", "step"), [("latest", 24), ("epoch_00001", 12), ("rolling_step_000022", 22)])
-def test_a_name_measures_what_training_measured(measure: Any, run: Path, lab: Any, name: str, step: int) -> None:
+def test_a_name_measures_what_training_measured(
+    measure: Any, run: Path, lab: Any, straight: Path, name: str, step: int
+) -> None:
     result = measure(name)
     assert (result.checkpoint, result.step) == (name, step)
-    val_losses = lab.logged(lab.root / "straight" / "tiny", "val_loss")
+    val_losses = lab.logged(straight, "val_loss")
     if step in val_losses:
         assert result.val_loss == pytest.approx(val_losses[step], abs=1e-6)
     assert result.perplexity == pytest.approx(math.exp(result.val_loss))
@@ -104,7 +103,7 @@ def test_a_measurement_on_other_data_does_not_replace_the_runs_own(measure: Any,
     ad_hoc = measure("latest", "--result", tmp_path / "result.json")
     own = run / "evaluations" / "step_000024.json"
     own.write_text(ad_hoc.model_copy(update={"val_loss": 1.0}).model_dump_json())
-    measure("latest", "--val_tokens", "512")
+    measure("latest", "--val_tokens", "256")
     assert Evaluation.model_validate_json(own.read_text()).val_loss == 1.0
     assert len(list((run / "evaluations").glob("*.json"))) == 3
     assert evaluations(RunFolder(run.parent, "tiny"))[24].val_loss == 1.0
@@ -124,8 +123,8 @@ def test_a_stored_result_is_reused_until_forced_or_asked_otherwise(measure: Any,
     again = measure("latest", "--force")
     assert again.duration_s != first.duration_s
     assert again.val_loss == first.val_loss
-    fewer = measure("latest", "--val_tokens", "512")
-    assert fewer.val_tokens == 512
+    fewer = measure("latest", "--val_tokens", "256")
+    assert fewer.val_tokens == 256
     assert fewer.val_loss != first.val_loss
 
 

@@ -33,9 +33,6 @@ def test_a_second_run_on_a_folder_is_refused_and_a_killed_one_is_in_nobodys_way(
         two = lab.run("gpt2core.cli", ["train", "--nproc_per_node", "2", *resume])
         assert two.returncode == TRY_AGAIN, two.stdout + two.stderr
         assert (two.stdout + two.stderr).count(said) == 1
-        under_torchrun = lab.run("gpt2core.train", resume, nproc=2)
-        assert under_torchrun.returncode != 0
-        assert said in under_torchrun.stderr
         assert contents(run) == before
         os.kill(holder.process.pid, signal.SIGKILL)
         holder.wait()

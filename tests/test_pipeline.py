@@ -13,47 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
+from prefect.exceptions import PrefectHTTPStatusError
 
 from gpt2core.config import RECIPES, DataConfig, EvalConfig, LaunchConfig, ModelConfig, TrainConfig
+from gpt2core.flags import read_config
+from tasks.train_epoch import next_epoch
 
 ROOT = Path(__file__).parents[1]
 
-TINY = {
-    "model": {"context_length": 32, "num_layers": 2, "embd_size": 32, "num_heads": 2},
-    "data": {"source": str(ROOT / "data/sample/tinyshakespeare.txt"), "shard_size": 32768},
-    "train": {
-        "total_batch_size": 512,
-        "mini_batch_size": 4,
-        "warmup_steps": 2,
-        "num_epochs": 2,
-        "steps_per_epoch": 30,
-        "eval_freq": 0,
-        "hellaswag_freq": 0,
-        "sample_freq": 0,
-        "histogram_freq": 0,
-        "checkpoint_freq": 5,
-        "device": "cpu",
-    },
-    "evaluation": {"val_tokens": 1024},
-}
 
-
-def tiny(tmp_path: Path, run_name: str = "tiny") -> dict[str, object]:
-    """Parameters of a pipeline that takes seconds, with everything it writes under tmp_path."""
-    hellaswag = tmp_path / "hellaswag.jsonl"
-    sample = (ROOT / "data/sample/hellaswag_sample.jsonl").read_text(encoding="utf-8")
-    hellaswag.write_text("".join(sample.splitlines(keepends=True)[:8]), encoding="utf-8")
-    return {
-        "run_name": run_name,
-        "artifacts_dir": str(tmp_path / "artifacts"),
-        "model": TINY["model"],
-        "data": TINY["data"] | {"data_dir": str(tmp_path / "data")},
-        "train": TINY["train"],
-        "evaluation": TINY["evaluation"] | {"hellaswag": str(hellaswag)},
-        "launch": {"nproc_per_node": 2},
-    }
+def tiny(lab: Any, folder: Path, **changes: Any) -> dict[str, Any]:
+    """Parameters of a pipeline that takes seconds, with everything it writes in this folder."""
+    own = {"source": str(lab.source), "shard_size": 32_768, "data_dir": str(folder / "data")}
+    return lab.parameters(folder / "artifacts", **own, hellaswag=str(lab.examples(8)), **changes)
 
 
 def flags(parameters: dict[str, object]) -> list[str]:
@@ -92,72 +65,38 @@ def rank_process(run_marker: str, rank: int) -> int | None:
     return None
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """A Prefect of its own, so that no test sees another's runs."""
-    home = tmp_path / "prefect"
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """With a Prefect of this module's own."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    return kept | {"PREFECT_HOME": str(home), "COLUMNS": "200"}
+    return kept | {"PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")), "COLUMNS": "200"}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_pipeline_survives_a_killed_rank_and_a_second_run_skips_what_is_done(tmp_path, environment):
-    parameters = tiny(tmp_path)
+def test_pipeline_survives_a_killed_rank_and_a_second_run_skips_what_is_done(
+    lab, tmp_path, environment, straight_two_ranks
+):
+    command = [sys.executable, "-m", "flows.pretrain", *flags(tiny(lab, tmp_path))]
     run = tmp_path / "artifacts" / "tiny"
     pipeline = subprocess.Popen(
-        [sys.executable, "-m", "flows.pretrain", *flags(parameters)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    wait_for(lambda: logged_step(run / "metrics.jsonl", 12), pipeline, 200)
+    wait_for(lambda: logged_step(run / "metrics.jsonl", 7), pipeline, 200)
     os.kill(wait_for(lambda: rank_process(str(run), 1), pipeline), signal.SIGKILL)
     output, _ = pipeline.communicate(timeout=300)
     assert pipeline.returncode == 0, output
     assert "resumed from" in output
     assert "promoted" in output
     assert "acc_norm" in output
-
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open() if '"loss"' in line]
-    assert steps == list(range(1, 61))
+    lab.assert_same_end(run, straight_two_ranks)
     assert (run / "reports" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "artifacts" / "best" / "model.safetensors").exists()
-    evaluated = json.loads((run / "evaluations" / "step_000060.json").read_text())
+    evaluated = json.loads((run / "evaluations" / "step_000024.json").read_text())
     assert evaluated["hellaswag"]["examples"] == 8
 
-    alone = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            "-m",
-            "gpt2core.train",
-            *flags(tiny(tmp_path, "alone") | {"launch": {}}),
-        ],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert alone.returncode == 0, alone.stderr
-    for name in ("model", "optimizer"):
-        ours = torch.load(run / "checkpoints/latest.pt", weights_only=True)[name]
-        theirs = torch.load(tmp_path / "artifacts/alone/checkpoints/latest.pt", weights_only=True)[name]
-        assert repr(ours) == repr(theirs) if name == "optimizer" else all(torch.equal(ours[k], theirs[k]) for k in ours)
-
     before = (run / "checkpoints" / "latest.pt").stat().st_ino
-    again = subprocess.run(
-        [sys.executable, "-m", "flows.pretrain", *flags(parameters)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("done before") == 5  # the dataset, two epochs and their evaluations
     assert (run / "checkpoints" / "latest.pt").stat().st_ino == before
@@ -172,9 +111,9 @@ def test_pipeline_survives_a_killed_rank_and_a_second_run_skips_what_is_done(tmp
         ({"source": "no/such/text.txt"}, "source no/such/text.txt: there is no such file"),
     ],
 )
-def test_what_no_retry_can_cure_fails_at_once_with_a_sentence(tmp_path, environment, wrong, sentence):
+def test_what_no_retry_can_cure_fails_at_once_with_a_sentence(lab, tmp_path, environment, wrong, sentence):
     failed = subprocess.run(
-        [sys.executable, "-m", "flows.pretrain", *flags(tiny(tmp_path) | wrong)],
+        [sys.executable, "-m", "flows.pretrain", *flags(tiny(lab, tmp_path) | wrong)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -188,19 +127,22 @@ def test_what_no_retry_can_cure_fails_at_once_with_a_sentence(tmp_path, environm
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-def test_deployments_run_on_a_worker_and_misspelt_parameters_are_refused(tmp_path, orchestration):
+def test_deployments_run_on_a_worker_and_misspelt_parameters_are_refused(lab, tmp_path, orchestration):
     listed = orchestration.prefect("deployment", "ls").stdout
     for entry in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]:
         flow = entry["entrypoint"].split(".")[-1].replace("_", "-")
         assert f"{flow}/{entry['name']}" in listed
 
-    for wrong, named in [("trian={}", "trian"), ('train={"max_rl": 1}', "max_rl"), ('train={"max_lr": -1}', "max_lr")]:
-        refused = orchestration.prefect("deployment", "run", "pretrain/demo", "--param", wrong)
-        assert refused.returncode != 0
-        assert named in refused.stdout + refused.stderr
+    refused = orchestration.prefect("deployment", "run", "pretrain/demo", "--param", "trian={}")
+    assert refused.returncode != 0
+    assert "trian" in refused.stdout + refused.stderr
+    for wrong, named in [({"max_rl": 1}, "max_rl"), ({"max_lr": -1}, "max_lr")]:
+        with pytest.raises(PrefectHTTPStatusError, match=named):
+            orchestration.start_run("pretrain/demo", {"train": wrong})
 
     by_acc_norm = {"rule": "acc_norm", "margin": 0.0}
-    parameters = tiny(tmp_path) | {"promotion": by_acc_norm}
+    training = tiny(lab, tmp_path, steps_per_epoch=2) | {"launch": {"nproc_per_node": 1}}
+    parameters = training | {"promotion": by_acc_norm}
     words = [word for name, value in parameters.items() for word in ("--param", f"{name}={json.dumps(value)}")]
     started = orchestration.prefect("deployment", "run", "pretrain/demo", *words)
     assert started.returncode == 0, started.stdout + started.stderr
@@ -210,7 +152,6 @@ def test_deployments_run_on_a_worker_and_misspelt_parameters_are_refused(tmp_pat
     assert json.loads((tmp_path / "artifacts/best/promotion.json").read_text())["rule"] == "acc_norm"
 
     run = {"run_name": "tiny", "artifacts_dir": str(tmp_path / "artifacts")}
-    training = {name: value for name, value in tiny(tmp_path).items() if name != "runner"}
     single = {
         deployment: orchestration.start_run(deployment, parameters)
         for deployment, parameters in [
@@ -218,25 +159,30 @@ def test_deployments_run_on_a_worker_and_misspelt_parameters_are_refused(tmp_pat
             ("evaluate/nightly", run | {"run_name": "not_begun", "if_there": True}),
             ("promote/best", run | by_acc_norm | {"publish_to": str(tmp_path / "published")}),
             ("report/run", run),
-            ("train/gpt2-124m", training | {"stop_epoch": 1}),
             ("train-epoch/gpt2-124m", training | {"epoch": 2}),
-            ("prepare-dataset/fineweb-edu", {"data": tiny(tmp_path)["data"]}),
         ]
     }
     changed = training | {"train": training["train"] | {"max_lr": 2e-3}}
     refused_run = orchestration.start_run("train-epoch/gpt2-124m", changed)
-    too_late = orchestration.start_run("train-epoch/gpt2-124m", training | {"epoch": 3})
     worked = orchestration.prefect("worker", "start", "--pool", "local", "--run-once")
     for deployment, run_id in single.items():
         assert orchestration.state(run_id) == "Completed", f"{deployment}: {worked.stdout}{worked.stderr}"
     published = json.loads((tmp_path / "published/best.json").read_text())
     assert (tmp_path / "published" / published["folder"] / "model.safetensors").exists()
-    for run_id, sentence in [
-        (refused_run, "holds a run with other settings (train.max_lr: 0.001 -> 0.002)"),
-        (too_late, "epoch 3 cannot be trained now: the run has 2 epochs"),
-    ]:
-        state = orchestration.run(run_id).state
-        assert state.name == "Failed" and sentence in state.message
+    state = orchestration.run(refused_run).state
+    assert state.name == "Failed"
+    assert "holds a run with other settings (train.max_lr: 0.001 -> 0.002)" in state.message
+
+
+def test_an_epoch_is_trained_when_those_before_it_are_done(lab, straight, first_epoch):
+    of_runs = [read_config(run / "config.json") for run in (straight, first_epoch)]
+    assert [next_epoch(config, None) for config in of_runs] == [2, 2]
+    assert [next_epoch(config, 1) for config in of_runs] == [1, 1]
+    with pytest.raises(ValueError, match="epoch 3 cannot be trained now: the run has 2 epochs"):
+        next_epoch(of_runs[0], 3)
+    begun = of_runs[1].model_copy(update={"run_name": "not_begun"})
+    with pytest.raises(ValueError, match="epoch 2 cannot be trained now: epoch 1 comes first"):
+        next_epoch(begun, 2)
 
 
 def test_the_demo_deployment_is_the_demo_recipe():

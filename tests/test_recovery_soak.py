@@ -36,10 +36,8 @@ class Victim:
         self.orchestration, self.lab = orchestration, lab
         self.run = artifacts / "tiny"
         self.folder = RunFolder(artifacts, "tiny")
-        hellaswag = artifacts / "hellaswag.jsonl"
-        hellaswag.write_text("".join(lab.hellaswag.read_text().splitlines(keepends=True)[:8]))
         parameters = lab.parameters(
-            artifacts, **LENGTH, hellaswag=str(hellaswag), source=str(lab.source), shard_size=32_768
+            artifacts, **LENGTH, hellaswag=str(lab.examples(8)), source=str(lab.source), shard_size=32_768
         )
         parameters["recovery"] = {"hang_timeout_s": 10}
         self.flow_run = orchestration.start_run("pretrain/gpt2-124m", parameters)

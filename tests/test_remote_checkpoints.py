@@ -49,7 +49,7 @@ def remote_run(lab: Any, straight: Path, s3: S3, tmp_path: Path) -> Path:
 
 
 def test_a_run_killed_in_an_upload_goes_on_to_the_same_end(
-    lab: Any, straight: Path, s3: S3, tmp_path: Path, scratch: Path
+    lab: Any, straight: Path, s3: S3, tmp_path: Path, train_here: Any, capsys: Any
 ) -> None:
     run = tmp_path / "tiny"
     flags = lab.flags(tmp_path, checkpoint_dir=f"{s3.bucket_url}/checkpoints")
@@ -59,8 +59,8 @@ def test_a_run_killed_in_an_upload_goes_on_to_the_same_end(
         os.kill(trainer.process.pid, signal.SIGKILL)
         trainer.wait()
     held.release(drop=True)
-    done = lab.train([*flags, "--resume", "latest"])
-    assert f"resumed from {s3.bucket_url}/checkpoints/tiny at step 6 of 24" in done.stdout
+    train_here([*flags, "--resume", "latest"])
+    assert f"resumed from {s3.bucket_url}/checkpoints/tiny at step 6 of 24" in capsys.readouterr().out
     lab.assert_same_run(run, straight)
     assert not (run / "checkpoints").exists()
     names = {path.stem for path in (straight / "checkpoints").glob("*.pt")}
@@ -244,10 +244,8 @@ def test_checkpoints_commands_work_on_a_url(remote_run: Path, s3: S3, capsys: An
 def test_a_checkpoint_on_s3_is_measured_and_continues_a_text(
     lab: Any, remote_run: Path, straight: Path, s3: S3, capsys: Any
 ) -> None:
-    few = remote_run.parent / "few.jsonl"
-    few.write_text("".join(lab.hellaswag.read_text(encoding="utf-8").splitlines(keepends=True)[:2]), encoding="utf-8")
     of_run = ["--run_name", "tiny", "--artifacts_dir", str(remote_run.parent), "--device", "cpu"]
-    gpt2(["evaluate", "--checkpoint", "latest", "--hellaswag", str(few), *of_run])
+    gpt2(["evaluate", "--checkpoint", "latest", "--hellaswag", str(lab.examples(2)), *of_run])
     assert f"val_loss {lab.logged(straight, 'val_loss')[24]:.4f}" in capsys.readouterr().out
     texts = []
     for named in (

@@ -403,11 +403,11 @@ def test_a_run_with_room_for_two_shards_keeps_to_it(bucket: Bucket, lab: Any, tm
     folder.mkdir()
     tokens = open_shards(lab.data_dir, "train")[0].tokens
     for index in range(5):
-        np.save(folder / shard_name(index), tokens[1500 * index : 1500 * (index + 1)])
+        np.save(folder / shard_name(index), tokens[750 * index : 750 * (index + 1)])
     bucket.put_folder(folder)
     changes = {"shuffle": "shards", "num_epochs": 1, "steps_per_epoch": 12, "checkpoint_freq": 0, "eval_freq": 0}
     lab.train(lab.flags(tmp_path / "local", data_dir=folder, **changes), nproc=nproc)
-    room = 3 * (128 + 2 * 1500)  # the val shard and two more
+    room = 3 * (128 + 2 * 750)  # the val shard and two more
     cache = ShardCache(tmp_path / "cache", room)
     places = {"data_dir": bucket.url, "cache_dir": tmp_path / "cache", "cache_gb": room / 1e9}
     with lab.started(tmp_path, lab.flags(tmp_path / "runs", **places, **changes), nproc=nproc) as run:
@@ -425,7 +425,9 @@ def test_a_run_with_room_for_two_shards_keeps_to_it(bucket: Bucket, lab: Any, tm
 
 
 @pytest.mark.slow
-def test_a_run_killed_while_it_downloads_is_started_again(bucket: Bucket, lab: Any, tmp_path: Path) -> None:
+def test_a_run_killed_while_it_downloads_is_started_again(
+    bucket: Bucket, lab: Any, tmp_path: Path, train_here: Any
+) -> None:
     content = io.BytesIO()
     np.save(content, np.zeros(50_000_000, np.uint16))  # large enough to be met on its way
     bucket.put(shard_name(1), content.getvalue())
@@ -439,7 +441,7 @@ def test_a_run_killed_while_it_downloads_is_started_again(bucket: Bucket, lab: A
         run.kill_everything()
     assert left_over.exists()
     assert not list(folder.glob("edufineweb_train_*"))
-    lab.train(flags)
+    train_here(flags)
     assert list(lab.logged(tmp_path / "runs" / "tiny", "loss")) == [1, 2]
     (copy,) = folder.glob("edufineweb_train_*")
     assert copy.read_bytes() == content.getvalue()
@@ -452,11 +454,18 @@ def test_evaluation_reads_remote_shards(
 ) -> None:
     lab.copy_run(straight, tmp_path)
     monkeypatch.chdir(tmp_path)  # the run's own cache_dir is data/cache
-    few = tmp_path / "few.jsonl"
-    few.write_text("".join(lab.hellaswag.read_text(encoding="utf-8").splitlines(keepends=True)[:2]), encoding="utf-8")
     from gpt2core.cli import run
 
-    flags = ["--run_name", "tiny", "--artifacts_dir", str(tmp_path), "--hellaswag", str(few), "--device", "cpu"]
+    flags = [
+        "--run_name",
+        "tiny",
+        "--artifacts_dir",
+        str(tmp_path),
+        "--hellaswag",
+        str(lab.examples(2)),
+        "--device",
+        "cpu",
+    ]
     assert run(["evaluate", "--data_dir", bucket.url, *flags]) == 0
     (result,) = (tmp_path / "tiny" / "evaluations").glob("*.json")
     assert f'"val_loss": {lab.logged(straight, "val_loss")[24]}' in result.read_text()

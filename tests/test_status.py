@@ -44,7 +44,9 @@ def config_of(run: Path) -> RunConfig:
 # --- status ----------------------------------------------------------------------------------------------------------
 
 
-def test_status_of_a_run_from_its_start_over_a_kill_to_its_end(lab: Any, tmp_path: Path) -> None:
+def test_status_of_a_run_from_its_start_over_a_kill_to_its_end(
+    lab: Any, tmp_path: Path, train_here: Any, capsys: Any
+) -> None:
     folder = RunFolder(tmp_path, "tiny")
     with lab.started(folder.path, [*lab.flags(tmp_path), "--resume", "latest"]) as trainer:
         trainer.wait_for_step(6)
@@ -58,8 +60,9 @@ def test_status_of_a_run_from_its_start_over_a_kill_to_its_end(lab: Any, tmp_pat
     assert (stopped.state, stopped.alive, stopped.done_at) == ("stopped", None, None)
     assert stopped.died_of == attempts.CUT_OFF
     assert stopped.saved_step is not None and stopped.step is not None and stopped.saved_step <= stopped.step
-    in_a_pipe = lab.train([*lab.flags(tmp_path), "--resume", "latest"])
-    assert "\x1b" not in in_a_pipe.stdout and f"step={lab.max_steps} loss=" in in_a_pipe.stdout
+    train_here([*lab.flags(tmp_path), "--resume", "latest"])
+    where_no_terminal_is = capsys.readouterr().out
+    assert "\x1b" not in where_no_terminal_is and f"step={lab.max_steps} loss=" in where_no_terminal_is
     done = status_of(folder)
     assert done.resumes == 1 and done.last_resume and done.died_of is None
     assert (done.last_resume.step, done.last_resume.why) == (stopped.saved_step, attempts.CUT_OFF)
@@ -141,10 +144,13 @@ def test_damage_that_is_no_runs_is_told_beside_the_runs(tiny: Path, capsys: Any)
     assert f"promoted: unreadable: {tiny.parent / 'best' / 'promotion.json'} is no promotion record" in shown
 
 
-def test_a_trainer_that_gives_up_leaves_its_error_in_the_log(lab: Any, tmp_path: Path, capsys: Any) -> None:
-    failed = lab.run("gpt2core.train", [*lab.flags(tmp_path), "--max_lr", "1e30"])
-    assert failed.returncode == 3, failed.stderr
+def test_a_trainer_that_gives_up_leaves_its_error_in_the_log(
+    lab: Any, tmp_path: Path, train_here: Any, capsys: Any
+) -> None:
     said = r"updates in a row had gradients that are not finite"
+    with pytest.raises(FloatingPointError, match=said):
+        train_here(lab.flags(tmp_path, max_lr=1e30))
+    capsys.readouterr()
     assert not gpt2("status", "--artifacts_dir", tmp_path)
     shown = capsys.readouterr().out
     assert re.search(rf"not running; the last attempt: step \d+: \d+ {said}", shown), shown
@@ -276,10 +282,8 @@ def test_clean_spares_a_run_that_is_alive_and_the_one_that_was_promoted(tiny: Pa
     for name in (lock.LOCK_FILE, lock.FLOW_LOCK_FILE):
         with lock.hold(tiny / name), pytest.raises(ValueError, match=rf"is alive: .*process {os.getpid()}"):
             gpt2(*arguments)
-    evaluation = {"--hellaswag": tiny.parent / "one.jsonl", "--device": "cpu"}
-    evaluation["--hellaswag"].write_text(lab.hellaswag.read_text(encoding="utf-8").splitlines()[0] + "\n")
-    words = [str(word) for pair in evaluation.items() for word in pair]
-    assert not gpt2("evaluate", *arguments[1:5], "--checkpoint", "best", *words)
+    evaluation = ["--checkpoint", "best", "--hellaswag", lab.examples(1), "--device", "cpu"]
+    assert not gpt2("evaluate", *arguments[1:5], *evaluation)
     assert not gpt2("promote", *arguments[1:5])
     with pytest.raises(ValueError, match=r"the run that .*/best came from \(step \d+\): promote another first"):
         gpt2(*arguments)

@@ -88,7 +88,7 @@ def test_a_checkpoint_of_the_stable_phase_is_decayed_and_promoted_as_a_run_of_it
     assert lrs[5] == 1e-3 and lrs[8] < 6e-4
     assert lab.latest(branch)["step"] == 8 and (branch / "checkpoints" / "epoch_00002.pt").exists()
     named = ["--run_name", "branch", "--artifacts_dir", str(tmp_path)]
-    cli.evaluate([*named, "--checkpoint", "best", "--hellaswag", str(lab.hellaswag)])
+    cli.evaluate([*named, "--checkpoint", "best", "--hellaswag", str(lab.examples(4))])
     cli.promote(named)
     promoted = json.loads((tmp_path / "best" / "promotion.json").read_text(encoding="utf-8"))["candidate"]
     assert (promoted["run_name"], promoted["step"]) == ("branch", 8)
