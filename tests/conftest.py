@@ -31,8 +31,7 @@ from gpt2core.launch import KEEP_FREED_MEMORY
 from gpt2core.run_folder import RunFolder
 
 # Ranks and tests run beside each other: a thread each, in this process and in all that it starts.
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-os.environ |= ONE_THREAD
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
