@@ -33,8 +33,7 @@ from gpt2core.run_folder import RunFolder
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, by whichever test is first
 # Ranks and tests run beside each other: a thread each, in this process and in all that it starts.
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-os.environ |= ONE_THREAD
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -172,29 +172,22 @@ def stoppable(same_sigterm_s: float) -> Iterator[tuple[subprocess.Popen[str], Ca
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_sigint_ends_at_once(first: signal.Signals) -> None:
+def test_a_sigterm_soon_after_the_first_signal_is_the_same_one_and_a_second_sigint_ends_at_once(
+    first: signal.Signals,
+) -> None:
     with stoppable(1000) as (process, wait_for):
-        for number in (first, signal.SIGRTMIN):  # of several signals that wait, the lowest number is heard first
+        for number in (first, signal.SIGTERM):
             process.send_signal(number)
-        wait_for("goes on")
+            process.send_signal(signal.SIGRTMIN)  # of several signals that wait, the lowest number is heard first
+            wait_for("goes on")
+        assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 128 + signal.SIGINT
 
 
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_a_sigterm_soon_after_the_first_signal_is_the_same_one_and_a_later_one_ends_at_once(
-    first: signal.Signals,
-) -> None:
-    with stoppable(1000) as (process, wait_for):
-        for number in (first, signal.SIGRTMIN):
-            process.send_signal(number)
-        wait_for("goes on")
-        for number in (signal.SIGTERM, signal.SIGRTMIN):
-            process.send_signal(number)
-        wait_for("goes on")
-        assert process.poll() is None
+def test_a_sigterm_long_after_the_first_signal_ends_at_once() -> None:
     with stoppable(0.1) as (process, wait_for):
-        process.send_signal(first)
+        process.send_signal(signal.SIGINT)
         wait_for("time is over")
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 128 + signal.SIGTERM

@@ -73,7 +73,7 @@ def test_a_run_killed_in_an_upload_goes_on_to_the_same_end(
         assert sent[f"{name}.pt"] == 0, "a copy on the server"
 
 
-@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.soak)])
 def test_a_commit_that_ends_at_any_request_leaves_a_whole_newest_or_previous_state(s3: S3, every: int) -> None:
     """From its Nth request on the server refuses all: to the storage that is what a kill there would be."""
     for step in (1, 2, 3):

@@ -202,13 +202,14 @@ def test_accumulation_does_not_change_the_losses(
     assert lab.logged(tmp_path / "tiny", "grad_norm") == pytest.approx(norms, rel=1e-3)
 
 
-def test_checkpoints_by_the_clock(lab: Any, straight_two_ranks: Path, tmp_path: Path) -> None:
+def test_checkpoints_by_the_clock(lab: Any, first_epoch_two_ranks: Path, tmp_path: Path) -> None:
     """An interval shorter than a step is over at each one, on all ranks; saving that often changes no number."""
-    lab.train(lab.flags(tmp_path, checkpoint_freq=0, checkpoint_interval_s=0.001, keep_checkpoints=100), nproc=2)
+    flags = lab.flags(tmp_path, checkpoint_freq=0, checkpoint_interval_s=0.001, keep_checkpoints=100)
+    lab.train([*flags, "--stop_epoch", "1"], nproc=2)
     run = tmp_path / "tiny"
     saved = [found.sidecar.step for found in CheckpointFolder(run / "checkpoints").all() if "rolling" in found.name]
-    assert saved == list(range(lab.max_steps, 0, -1))
-    lab.assert_same_run(run, straight_two_ranks)
+    assert saved == list(range(lab.steps_per_epoch, 0, -1))
+    lab.assert_same_run(run, first_epoch_two_ranks, lab.steps_per_epoch)
 
 
 def test_without_a_frequency_or_an_interval_only_the_end_of_an_epoch_and_the_best_are_saved(

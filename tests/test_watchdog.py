@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import wait_until
 from prefect.logging import disable_run_logger
 
 from gpt2core import heartbeat, launch, lock
@@ -155,7 +154,7 @@ threading.Lock().acquire() and threading.Event().wait()
 """
 
 
-def test_hung_ranks_whose_launcher_was_killed_end_by_themselves(tmp_path: Path) -> None:
+def test_hung_ranks_whose_launcher_was_killed_end_by_themselves(lab: Any, tmp_path: Path) -> None:
     """As after a cancel that did not help: Prefect kills the flow and torchrun, and nobody is left to kill the ranks."""
     file = tmp_path / "heartbeat.json"
     launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {HUNG!r}, {str(file)!r}])"
@@ -164,6 +163,5 @@ def test_hung_ranks_whose_launcher_was_killed_end_by_themselves(tmp_path: Path) 
         trainer = heartbeat.read(file)
         assert trainer and all(rank.process.is_alive() for rank in trainer.ranks)
         process.kill()
-        assert process.stdout.read() == "", "until all that have this pipe are gone"
-    # the kernel closes a dying process's files before it counts as ended
-    wait_until(lambda: not any(rank.process.is_alive() for rank in trainer.ranks), "both to end")
+        lab.wait_until(lambda: not any(rank.process.is_alive() for rank in trainer.ranks), "the ranks to end")
+        assert process.stdout.read() == ""
