@@ -59,24 +59,44 @@ class Mode(NamedTuple):
     emulate: bool
 
 
+class Rounded(NamedTuple):
+    """A tensor in 8 bits."""
+
+    row_major: Tensor
+    column_major: Tensor
+    inverse: Tensor  # of its factor, (1,)
+    sums: Tensor  # of the columns, fp32, for a gradient
+
+
 def _rounded(
-    x: Tensor,
-    scale: Scale,
-    mode: Mode,
-    other: Tensor | None = None,
-    what: str = "itself",
-    is_gradient: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both layouts of x made into `what`, the inverse of its factor, and a gradient's column sums."""
+    x: Tensor, scale: Scale, mode: Mode, other: Tensor | None = None, what: str = "itself", is_gradient: bool = False
+) -> Rounded:
+    """x made into `what`, which may need `other`."""
     factor, inverse = scale.factor, scale.inverse
     if mode.dynamic:
         largest = torch.finfo(E5M2 if is_gradient else E4M3).max
         factor = power_of_two(largest, largest_magnitude(x, other, what))
         inverse = factor.reciprocal()
-    row_major, column_major, sums = cast(
-        x, other, None, factor, scale.amax, what, is_gradient, is_gradient, mode.emulate
-    )
-    return row_major, column_major, inverse, sums
+    with_sums = is_gradient
+    row, column, sums = cast(x, other, None, factor, scale.amax, what, is_gradient, with_sums, mode.emulate)
+    return Rounded(row, column, inverse, sums)
+
+
+def _output(x: Rounded, weight: Weight, bias: Tensor, dtype: torch.dtype, mode: Mode) -> Tensor:
+    """x @ weight.T + bias."""
+    inverses = x.inverse, weight.row_inverse
+    return product(x.row_major, weight.row_major, *inverses, dtype, mode.emulate, bias.to(dtype), fast=True)
+
+
+def _input_gradient(gradient: Rounded, weight: Weight, dtype: torch.dtype, mode: Mode) -> Tensor:
+    """gradient @ weight."""
+    inverses = gradient.inverse, weight.column_inverse
+    return product(gradient.row_major, weight.column_major, *inverses, dtype, mode.emulate)
+
+
+def _weight_gradient(gradient: Rounded, x_column: Tensor, x_inverse: Tensor, mode: Mode) -> Tensor:
+    """gradient.T @ x in fp32."""
+    return product(gradient.column_major, x_column, gradient.inverse, x_inverse, torch.float32, mode.emulate)
 
 
 class Linear8(torch.autograd.Function):
@@ -86,25 +106,19 @@ class Linear8(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, master: Tensor, bias: Tensor, weight: Weight, of_x: Scale, of_gradient: Scale, mode: Mode
     ) -> Tensor:
-        row_major, column_major, inverse, _ = _rounded(x, of_x, mode)
-        ctx.save_for_backward(column_major, inverse)
+        rounded = _rounded(x, of_x, mode)
+        ctx.save_for_backward(rounded.column_major, rounded.inverse)
         # not saved as the others are: what is saved must not change, and the amax of of_gradient will
         ctx.weight, ctx.of_gradient, ctx.mode = weight, of_gradient, mode
-        return product(
-            row_major, weight.row_major, inverse, weight.row_inverse, x.dtype, mode.emulate, bias.to(x.dtype), fast=True
-        )
+        return _output(rounded, weight, bias, x.dtype, mode)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        column_major, inverse = ctx.saved_tensors
-        weight, mode = ctx.weight, ctx.mode
-        row, column, gradient_inverse, sums = _rounded(gradient, ctx.of_gradient, mode, is_gradient=True)
-        return (
-            product(row, weight.column_major, gradient_inverse, weight.column_inverse, gradient.dtype, mode.emulate),
-            product(column, column_major, gradient_inverse, inverse, torch.float32, mode.emulate),
-            sums,
-            *(None,) * 4,
-        )
+        x_column, x_inverse = ctx.saved_tensors
+        rounded = _rounded(gradient, ctx.of_gradient, ctx.mode, is_gradient=True)
+        of_x = _input_gradient(rounded, ctx.weight, gradient.dtype, ctx.mode)
+        of_weight = _weight_gradient(rounded, x_column, x_inverse, ctx.mode)
+        return of_x, of_weight, rounded.sums, None, None, None, None
 
 
 class MLP8(torch.autograd.Function):
@@ -123,34 +137,26 @@ class MLP8(torch.autograd.Function):
         of_gradients: tuple[Scale, Scale],
         mode: Mode,
     ) -> Tensor:
-        x_row, x_column, x_inverse, _ = _rounded(x, of_inputs[0], mode)
-        fc8, proj8 = weights
-        z = product(
-            x_row, fc8.row_major, x_inverse, fc8.row_inverse, x.dtype, mode.emulate, fc_bias.to(x.dtype), fast=True
-        )
-        row, column, inverse, _ = _rounded(z, of_inputs[1], mode, what="gelu")
-        ctx.save_for_backward(x_column, x_inverse, z, column, inverse)
+        rounded = _rounded(x, of_inputs[0], mode)
+        z = _output(rounded, weights[0], fc_bias, x.dtype, mode)
+        activated = _rounded(z, of_inputs[1], mode, what="gelu")
+        ctx.save_for_backward(rounded.column_major, rounded.inverse, z, activated.column_major, activated.inverse)
         ctx.weights, ctx.of_gradients, ctx.mode = weights, of_gradients, mode
-        return product(
-            row, proj8.row_major, inverse, proj8.row_inverse, x.dtype, mode.emulate, proj_bias.to(x.dtype), fast=True
-        )
+        return _output(activated, weights[1], proj_bias, x.dtype, mode)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x_column, x_inverse, z, activated_column, activated_inverse = ctx.saved_tensors
-        (fc8, proj8), mode = ctx.weights, ctx.mode
-        row, column, inverse, proj_bias = _rounded(gradient, ctx.of_gradients[1], mode, is_gradient=True)
-        proj = product(column, activated_column, inverse, activated_inverse, torch.float32, mode.emulate)
-        activated = product(row, proj8.column_major, inverse, proj8.column_inverse, gradient.dtype, mode.emulate)
-        row, column, inverse, fc_bias = _rounded(
-            activated, ctx.of_gradients[0], mode, z, "gelu_gradient", is_gradient=True
-        )
+        (fc8, proj8), (of_z, of_output), mode = ctx.weights, ctx.of_gradients, ctx.mode
+        out = _rounded(gradient, of_output, mode, is_gradient=True)
+        proj = _weight_gradient(out, activated_column, activated_inverse, mode)
+        activated = _input_gradient(out, proj8, gradient.dtype, mode)
+        hidden = _rounded(activated, of_z, mode, z, "gelu_gradient", is_gradient=True)
+        fc = _weight_gradient(hidden, x_column, x_inverse, mode)
         return (
-            product(row, fc8.column_major, inverse, fc8.column_inverse, gradient.dtype, mode.emulate),
-            product(column, x_column, inverse, x_inverse, torch.float32, mode.emulate),
-            fc_bias,
-            proj,
-            proj_bias,
+            _input_gradient(hidden, fc8, gradient.dtype, mode),
+            *(fc, hidden.sums),
+            *(proj, out.sums),
             *(None,) * 4,
         )
 
@@ -205,15 +211,17 @@ def _head_loss(
     x_gradient, weight_gradient = torch.empty_like(x), torch.zeros_like(master)
     factor, unused = torch.full_like(inverse, HEAD_FACTOR), torch.zeros_like(inverse)
     gradient_inverse = 1 / (factor * len(x))
-    scale, mode = Scale(factor, factor, unused), Mode(dynamic=True, emulate=emulate)
+    weight, scale = Weight(row_major, column_major, inverse, inverse), Scale(factor, factor, unused)
+    mode = Mode(dynamic=True, emulate=emulate)
     for start in range(0, len(x), rows):
         some = slice(start, start + rows)
-        x_row, x_column, x_inverse, _ = _rounded(x[some], scale, mode)
-        logits = product(x_row, row_major, x_inverse, inverse, x.dtype, emulate, fast=True)  # (rows, V)
+        of_x = _rounded(x[some], scale, mode)
+        logits = product(of_x.row_major, row_major, of_x.inverse, inverse, x.dtype, emulate, fast=True)  # (rows, V)
         losses[some], log_sums = fused_loss.loss_rows(logits, targets[some])
         row, column, _ = cast(logits, log_sums, targets[some], factor, unused, "softmax_gradient", True, False, emulate)
-        x_gradient[some] = product(row, column_major, gradient_inverse, inverse, x.dtype, emulate)
-        weight_gradient += product(column, x_column, gradient_inverse, x_inverse, torch.float32, emulate)
+        of_logits = Rounded(row, column, gradient_inverse, unused)
+        x_gradient[some] = _input_gradient(of_logits, weight, x.dtype, mode)
+        weight_gradient += _weight_gradient(of_logits, of_x.column_major, of_x.inverse, mode)
     return losses.mean(), x_gradient, weight_gradient
 
 
