@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -169,8 +169,8 @@ def load_newest(folder: CheckpointFolder, warn: Callable[[str], None]) -> dict[s
 def load(path: Path | str, sidecar: Sidecar | None = None) -> dict[str, Any]:
     """Reads a checkpoint, at a path or fsspec URL, onto the CPU; nothing in it can run code.
 
-    The content is verified first against its sidecar, which is looked for beside it when none is given. Tensors are mapped
-    from the file, so that the ranks of a machine share the memory in which they lie.
+    The content is verified first against its sidecar, which is looked for beside it when none is given. On Linux
+    tensors are mapped from the file, so that the ranks of a machine share the memory in which they lie.
 
     Raises ValueError, naming the file, when it is damaged or not one of ours; ConnectionError when remote storage does
     not answer, which says nothing about the file.
@@ -180,9 +180,7 @@ def load(path: Path | str, sidecar: Sidecar | None = None) -> dict[str, Any]:
         with fetched(path) as here, here.open("rb") as file:
             if sidecar and hashlib.file_digest(file, "sha256").hexdigest() != sidecar.sha256:
                 raise ValueError(f"{path}: its content does not have the hash in its sidecar, so it is damaged")
-            state = _unpickled(here, path)
-            if not os.path.samestat(os.fstat(file.fileno()), here.stat()):
-                raise ValueError(f"{path} was replaced while it was read")
+            state = _unpickled(file, path)
     except ConnectionError:
         raise
     except FileNotFoundError:
@@ -196,9 +194,14 @@ def load(path: Path | str, sidecar: Sidecar | None = None) -> dict[str, Any]:
     return state
 
 
-def _unpickled(file: Path, path: object) -> Any:
+def _unpickled(file: BinaryIO, path: object) -> Any:
+    """What the open file holds, whatever takes its name meanwhile."""
+    opened = Path(f"/proc/self/fd/{file.fileno()}")
+    file.seek(0)
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if opened.exists():
+            return torch.load(opened, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler and the zip reader raise whatever the bytes lead them to
         raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
 

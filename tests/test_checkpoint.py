@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import pickle
 import re
@@ -184,6 +185,21 @@ def test_what_is_loaded_lies_in_memory_that_processes_share(tmp_path: Path) -> N
     assert own_bytes() - before < 16 * 2**20
     loaded["big"].zero_()
     assert load(folder.file("latest"))["big"].sum() == 2**24  # who changes it changes a copy
+
+
+def test_what_is_read_is_the_file_that_was_verified(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another takes its name after it was hashed."""
+    digest = hashlib.file_digest
+
+    def then_replaced(file: Any, name: str) -> Any:
+        found = digest(file, name)
+        monkeypatch.setattr(hashlib, "file_digest", digest)
+        save(folder, state(4), names=[], keep=10)
+        return found
+
+    monkeypatch.setattr(hashlib, "file_digest", then_replaced)
+    assert load(folder.file("latest"))["step"] == 3
+    assert load(folder.file("latest"))["step"] == 4
 
 
 def test_a_whole_latest_is_taken_without_a_word(folder: CheckpointFolder) -> None:
