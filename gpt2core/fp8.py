@@ -28,7 +28,7 @@ from torch import Tensor
 from gpt2core import fused_loss, kernels
 from gpt2core.config import ModelConfig, TrainConfig
 from gpt2core.distributed import Ranks
-from gpt2core.fp8_cast import E4M3, E5M2, MULTIPLE, cast, power_of_two, product
+from gpt2core.fp8_cast import E4M3, E5M2, MULTIPLE, cast, check_kernels, power_of_two, product
 from gpt2core.fp8_linear import MLP8, Linear8, Mode, RowwiseLinear8, Scale, Weight, head_loss
 from gpt2core.fp8_scaling import DelayedScaling
 from gpt2core.model import GPT, Block, Linear
@@ -223,7 +223,7 @@ def why_not(device: torch.device, model: ModelConfig, recipe: str, emulate: bool
         return "Triton is not installed"
     name = torch.cuda.get_device_name(device)
     try:
-        _try_kernels(device)
+        check_kernels(device)
         _try_products(device, rowwise=False)
     except Exception as error:  # Triton has errors of its own
         hint = " (TRITON_PTXAS_PATH names a newer ptxas)" if "ptxas" in str(error) else ""
@@ -233,15 +233,6 @@ def why_not(device: torch.device, model: ModelConfig, recipe: str, emulate: bool
     except (RuntimeError, ValueError) as error:
         return f"torch {torch.__version__} cannot scale rows on {name} ({first_line(error)}), but --fp8_recipe delayed works there"
     return None
-
-
-def _try_kernels(device: torch.device) -> None:
-    """Raises what Triton raises where it cannot compile for this GPU."""
-    x, number = torch.zeros(MULTIPLE, MULTIPLE, device=device), torch.ones(1, device=device)
-    targets = torch.zeros(MULTIPLE, dtype=torch.int64, device=device)
-    for is_gradient in (False, True):
-        cast(x, None, None, number, number.clone(), "itself", is_gradient, True, False)
-    fused_loss.loss_rows(x.bfloat16(), targets)
 
 
 def _try_products(device: torch.device, rowwise: bool) -> None:

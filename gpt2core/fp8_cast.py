@@ -102,15 +102,56 @@ def _(
     return row_major, column_major, sums if with_sums else sums.new_empty(0)
 
 
+def _dtype(is_gradient: bool) -> torch.dtype:
+    return E5M2 if is_gradient else E4M3
+
+
 def _empty(x: Tensor, is_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = x.shape
-    dtype = E5M2 if is_gradient else E4M3
+    dtype = _dtype(is_gradient)
     padded = -(-rows // MULTIPLE) * MULTIPLE
     return (
         torch.empty(rows, columns, dtype=dtype, device=x.device),
         torch.empty(columns, padded, dtype=dtype, device=x.device),
         torch.empty(columns, dtype=torch.float32, device=x.device),
     )
+
+
+def check_kernels(device: torch.device) -> None:
+    """Compares the Triton kernels with PyTorch on some numbers, as a compiler's fault would not show before the loss does.
+
+    Raises what Triton raises where it cannot compile for this GPU; RuntimeError where what it compiled rounds wrongly.
+    """
+    from gpt2core import fused_loss, triton_kernels
+
+    rows, columns = triton_kernels.CAST_ROWS + MULTIPLE, triton_kernels.CAST_COLUMNS + MULTIPLE  # a whole tile, and parts
+    random = torch.Generator(device).manual_seed(0)
+    x, other = torch.randn(2, rows, columns, device=device, generator=random).bfloat16()
+    targets = torch.randint(columns, (rows,), device=device, generator=random)
+    factor, unused = torch.ones(2, 1, device=device)
+    _, log_sums = fused_loss.loss_rows(x, targets)
+    kinds: list[tuple[What, Tensor, Tensor | None, bool, bool]] = [  # as they are used: of what, a gradient, with sums
+        ("itself", x.float(), None, False, False),
+        ("itself", x, None, False, False),
+        ("gelu", x, None, False, False),
+        ("itself", x, None, True, True),
+        ("gelu_gradient", x, other, True, True),
+        ("softmax_gradient", x, log_sums, True, False),
+    ]
+    for what, values, beside, is_gradient, with_sums in kinds:
+        arguments = (values, beside, targets, factor, unused, what, is_gradient, with_sums)
+        if not is_rounded(cast(*arguments, emulate=False), cast(*arguments, emulate=True)):
+            raise RuntimeError(f"Triton compiles a kernel wrongly (the rounding of {what} to {_dtype(is_gradient)})")
+
+
+def is_rounded(mine: tuple[Tensor, Tensor, Tensor], reference: tuple[Tensor, Tensor, Tensor]) -> bool:
+    """Whether a cast is another one, but for numbers that are as close to two others; and its layouts are one another's."""
+    row_major, column_major, sums = (part.double() for part in mine)
+    rows = len(row_major)
+    if not torch.equal(column_major[:, :rows], row_major.T) or column_major[:, rows:].any():
+        return False
+    pairs = ((row_major, reference[0].double()), (sums, reference[2].double()))
+    return all(bool((part - other).norm() <= 2**-8 * other.norm()) for part, other in pairs)
 
 
 def product(

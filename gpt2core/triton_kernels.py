@@ -113,8 +113,10 @@ def _cast_kernel(
         tl.atomic_max(amax, tl.max(tl.abs(values)))
     if with_sums:
         tl.store(sums + tl.program_id(0) * num_columns + columns, tl.sum(values, 0), mask=is_column)
-    scaled = tl.maximum(values * tl.load(factor), -largest, propagate_nan=tl.PropagateNan.ALL)
-    scaled = tl.minimum(scaled, largest, propagate_nan=tl.PropagateNan.ALL)
+    # cut by comparisons, which NaN passes: with PTX's min.NaN and max.NaN, ptxas before 13.3 spoils the transposed store
+    # (https://github.com/triton-lang/triton/issues/11111)
+    scaled = values * tl.load(factor)
+    scaled = tl.where(scaled > largest, largest, tl.where(scaled < -largest, -largest, scaled))
     scaled = tl.where(tl.abs(values) == float("inf"), float("nan"), scaled)
     rounded = scaled.to(row_major.dtype.element_ty)
     tl.store(row_major + places, rounded, mask=is_there)

@@ -1,6 +1,7 @@
-"""FP8: its arithmetic against fp32 and fp64, the factors of each recipe, and that runs in it are as exact as others.
+"""FP8: its arithmetic against fp32 and fp64, and the factors of each recipe.
 
-Without a GPU the products are emulated, in the same formats; the kernels are in test_triton_kernels.py.
+Without a GPU the products are emulated, in the same formats. The kernels are in test_triton_kernels.py, whole runs in
+test_fp8_runs.py.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from gpt2core.config import ModelConfig, TrainConfig
 from gpt2core.distributed import Ranks
 from gpt2core.fp8 import FP8, equip, why_not
-from gpt2core.fp8_cast import E4M3, E5M2, cast, power_of_two, product
+from gpt2core.fp8_cast import E4M3, E5M2, cast, is_rounded, power_of_two, product
 from gpt2core.fp8_linear import Scale
 from gpt2core.fp8_scaling import HEADROOM, HISTORY, DelayedScaling
 from gpt2core.model import GPT
@@ -411,92 +412,18 @@ def test_a_recipe_without_fp8_is_refused() -> None:
         TrainConfig(fp8_recipe="rowwise")
 
 
-# --- whole runs --------------------------------------------------------------------------------------------------------
+def test_a_cast_that_a_compiler_spoilt_is_told_from_a_right_one() -> None:
+    x = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
 
-RUN: dict[str, Any] = {
-    "precision": "fp8",
-    "kernels": "plain",
-    "total_batch_size": 128,
-    "mini_batch_size": 2,
-    "context_length": 16,
-    "steps_per_epoch": 2,
-    "eval_freq": 0,
-    "checkpoint_freq": 0,
-    "val_tokens": 128,
-}
+    def rounded() -> tuple[Tensor, Tensor, Tensor]:
+        return cast(x, None, None, torch.ones(1), torch.zeros(1), "itself", True, True, True)
 
-
-@pytest.fixture(scope="module")
-def two_ranks(lab: Any) -> Path:
-    """Two epochs in FP8 in two processes; there is a checkpoint of the first."""
-    done = lab.train(lab.flags(lab.root / "fp8", **RUN), nproc=2)
-    assert (
-        "precision: the blocks' linear layers and the head in FP8 (delayed scaling), EMULATED; all else" in done.stdout
-    )
-    return lab.root / "fp8" / "tiny"
-
-
-@pytest.mark.slow
-def test_resuming_on_two_ranks_is_bit_identical(lab: Any, two_ranks: Path, tmp_path: Path) -> None:
-    resumed = lab.copy_run(two_ranks, tmp_path)
-    lab.train([*lab.flags(tmp_path, **RUN), "--resume", "epoch_00001"], nproc=2)
-    lab.assert_same_run(resumed, two_ranks, max_steps=4)
-    lab.assert_same(lab.latest(resumed)["fp8"], lab.latest(two_ranks)["fp8"])
-    assert set(lab.logged(two_ranks, "fp8_saturated").values()) == {0}
-
-
-@pytest.mark.slow
-def test_a_run_of_two_ranks_goes_on_in_one_process(lab: Any, two_ranks: Path, tmp_path: Path, train_here: Any) -> None:
-    gone_on = lab.copy_run(two_ranks, tmp_path)
-    train_here([*lab.flags(tmp_path, **RUN), "--resume", "epoch_00001"])
-    assert lab.logged(gone_on, "loss") == pytest.approx(lab.logged(two_ranks, "loss"), abs=5e-3)
-
-
-@pytest.mark.slow
-def test_a_run_in_bf16_goes_on_in_fp8_and_back(lab: Any, tmp_path: Path, train_here: Any) -> None:
-    run = RUN | {"num_epochs": 3, "steps_per_epoch": 1}
-    bf16 = lab.flags(tmp_path, **run | {"precision": "bf16"})
-    fp8 = [*lab.flags(tmp_path, **run), "--resume", "latest"]
-    train_here([*bf16, "--stop_epoch", 1])
-    with pytest.raises(ValueError, match=r"train\.precision: bf16 -> fp8.*--force to go on"):
-        train_here([*fp8, "--stop_epoch", 2])
-    train_here([*fp8, "--stop_epoch", 2, "--force"])
-    state = lab.latest(tmp_path / "tiny")
-    assert state["step"] == 2 and state["fp8"]["history"].shape == (HISTORY, 16)
-    train_here([*bf16, "--resume", "latest", "--force"])
-    state = lab.latest(tmp_path / "tiny")
-    assert state["step"] == 3 and "fp8" not in state
-    assert {float(moments["step"]) for moments in state["optimizer"]["state"].values()} == {3.0}
-
-
-@pytest.mark.slow
-def test_gradients_are_calibrated_at_the_size_that_they_have_in_a_step(lab: Any, tmp_path: Path) -> None:
-    """By 4 of the 8 sequences of one of two micro-steps."""
-    from gpt2core.config import RECIPES as RUNS
-    from gpt2core.trainer import Trainer
-
-    shape = {"context_length": 16, "num_layers": 2, "embd_size": 32, "num_heads": 2}
-    changes = {"total_batch_size": 256, "mini_batch_size": 8, "device": "cpu", "hellaswag_freq": 0}
-    config = RUNS["demo"].model_copy(
-        update={
-            "artifacts_dir": str(tmp_path),
-            "model": ModelConfig(**shape),
-            "data": RUNS["demo"].data.model_copy(update={"data_dir": str(lab.data_dir)}),
-            "train": RUNS["demo"].train.model_copy(update=changes | {"precision": "fp8", "kernels": "plain"}),
-        }
-    )
-    trainer = Trainer(config, ranks())
-    assert trainer.accum_steps == 2
-    trainer.train_step()
-    assert trainer.fp8 and trainer.fp8.scaling
-    of_step, by_calibration, *_ = trainer.fp8.scaling.history
-    ratios = of_step / by_calibration
-    assert ((ratios > 0.5) & (ratios < 2)).all()
-
-
-@pytest.mark.slow
-def test_a_run_is_refused_fp8_in_one_sentence(lab: Any, tmp_path: Path) -> None:
-    done = lab.run("gpt2core.train", lab.flags(tmp_path, **RUN | {"kernels": "auto"}), nproc=2)
-    assert done.returncode != 0
-    assert done.stderr.count("precision fp8: it needs an NVIDIA GPU") == 1
-    assert not (tmp_path / "tiny" / "checkpoints").exists() or not list((tmp_path / "tiny" / "checkpoints").iterdir())
+    assert is_rounded(rounded(), rounded())
+    for layout, place in ((0, (3, 5)), (1, (5, 3)), (1, (31, 20))):  # the last one is padding
+        spoilt = rounded()
+        spoilt[layout].view(torch.uint8)[place] = 0x60
+        assert not is_rounded(spoilt, rounded())
+    spoilt = rounded()
+    for layout in spoilt[:2]:  # alike, and wrong
+        layout.view(torch.uint8)[2:4, 2:4] = 0xFC
+    assert not is_rounded(spoilt, rounded())
