@@ -70,16 +70,16 @@ def cast(
     Raises amax (1,) to the largest magnitude, but for softmax_gradient, whose bound is known. `emulate` uses nothing but PyTorch's operations.
     """
     row_major, column_major, _ = _empty(x, is_gradient)
-    largest = torch.finfo(row_major.dtype).max
     if not emulate:
         from gpt2core import triton_kernels
 
         x = x.contiguous()
-        sums = triton_kernels.cast(x, other, targets, factor, amax, row_major, column_major, largest, what, with_sums)
+        sums = triton_kernels.cast(x, other, targets, factor, amax, row_major, column_major, what, with_sums)
         return row_major, column_major, sums
     values = values_of(x, other, targets, what)
     if what != "softmax_gradient":
         torch.maximum(amax, values.abs().amax(), out=amax)
+    largest = torch.finfo(row_major.dtype).max
     scaled = (values * factor).clamp(-largest, largest)
     row_major.copy_(torch.where(values.isinf(), torch.nan, scaled))
     column_major.copy_(F.pad(row_major.float(), (0, 0, 0, column_major.shape[1] - len(x))).T)
@@ -124,7 +124,10 @@ def check_kernels(device: torch.device) -> None:
     """
     from gpt2core import fused_loss, triton_kernels
 
-    rows, columns = triton_kernels.CAST_ROWS + MULTIPLE, triton_kernels.CAST_COLUMNS + MULTIPLE  # a whole tile, and parts
+    rows, columns = (
+        triton_kernels.CAST_ROWS + MULTIPLE,
+        triton_kernels.CAST_COLUMNS + MULTIPLE,
+    )  # a block, and parts of others
     random = torch.Generator(device).manual_seed(0)
     x, other = torch.randn(2, rows, columns, device=device, generator=random).bfloat16()
     targets = torch.randint(columns, (rows,), device=device, generator=random)

@@ -6,6 +6,8 @@ What each computes stands beside it in plain PyTorch: `loss_rows` in fused_loss.
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -13,8 +15,18 @@ from torch import Tensor
 
 # Columns that a program holds at once; measured best of 4096 to 16384 and 8 to 32 on an H200.
 LOSS_BLOCK, LOSS_WARPS = 8192, 8
-# A program's tile: each layout is written in half or whole cache lines. Not tuned yet.
-CAST_ROWS, CAST_COLUMNS, CAST_WARPS = 128, 64, 8
+CAST_ROWS, CAST_COLUMNS, CAST_BLOCKS, CAST_WARPS = 64, 128, 1, 8
+
+IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which knows no PTX
+_PACK_E4M3, _PACK_E5M2 = (
+    tl.constexpr(
+        "{ .reg .b16 low, high;"
+        f" cvt.rn.satfinite.{name}x2.f32 low, $2, $1;"
+        f" cvt.rn.satfinite.{name}x2.f32 high, $4, $3;"
+        " mov.b32 $0, {low, high}; }"
+    )
+    for name in ("e4m3", "e5m2")
+)
 
 
 @triton.jit
@@ -82,52 +94,143 @@ def _cast_kernel(
     column_major,
     sums,
     num_rows,
-    num_columns,
-    padded_rows,
-    largest: tl.constexpr,
+    row_fours,
+    column_fours,
     what: tl.constexpr,
+    dtype: tl.constexpr,
     with_sums: tl.constexpr,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
+    num_blocks: tl.constexpr,
 ):
-    """A tile of x, (num_rows, num_columns), made into `what`, times factor, rounded, in both layouts."""
-    rows = tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
-    columns = tl.program_id(1) * block_columns + tl.arange(0, block_columns)
-    is_column = columns < num_columns
-    is_there = (rows < num_rows)[:, None] & is_column[None, :]
-    places = rows[:, None] * num_columns + columns[None, :]
-    values = tl.load(x + places, mask=is_there, other=0.0).to(tl.float32)
-    if what == "gelu":
-        values *= tl.sigmoid(_gelu_slope(values))
-    if what == "gelu_gradient":
-        z = tl.load(other + places, mask=is_there, other=0.0).to(tl.float32)
-        share = tl.sigmoid(_gelu_slope(z))
-        inner = 1.5957691216057308 * (1 + 3 * 0.044715 * z * z)  # derivative of _gelu_slope
-        values *= share + z * share * (1 - share) * inner
-    if what == "softmax_gradient":
-        log_sums = tl.load(other + rows, mask=rows < num_rows, other=0.0)
-        target = tl.load(targets + rows, mask=rows < num_rows, other=-1)
-        values = tl.exp(values - log_sums[:, None]) - tl.where(columns[None, :] == target[:, None], 1.0, 0.0)
-        values = tl.where(is_there, values, 0.0)
-    else:
-        tl.atomic_max(amax, tl.max(tl.abs(values)))
+    """Blocks below one another of x, (num_rows, 4 * row_fours), made into `what`, times factor, rounded, in both layouts.
+
+    These are written four numbers at once, which lie in one thread: four rows are loaded as four tensors. (Of single
+    8-bit numbers the transposed stores are slow and, by a fault of ptxas before 13.3, wrong:
+    https://github.com/triton-lang/triton/issues/11111.)
+    """
+    num_columns = 4 * row_fours
+    first_column = tl.program_id(1) * block_columns
+    columns = tl.arange(0, block_columns)
+    columns_4 = tl.arange(0, block_columns // 4)
+    rows_4 = tl.arange(0, block_rows // 4)
+    is_column = columns < num_columns - first_column
+    is_column_4 = columns_4 < row_fours - first_column // 4
+    multiplier = tl.load(factor)
+    total = tl.zeros((block_rows // 4, block_columns), tl.float32)
+    largest = tl.zeros((block_rows // 4, block_columns), tl.float32)
+    for block in range(num_blocks):
+        first_row = (tl.program_id(0) * num_blocks + block) * block_rows
+        first = first_row.to(tl.int64) * num_columns + first_column
+        scaled = ()
+        for row in tl.static_range(4):
+            rows = 4 * rows_4 + row
+            is_row = rows < num_rows - first_row
+            is_there = is_row[:, None] & is_column[None, :]
+            places = rows[:, None] * num_columns + columns[None, :]
+            values = tl.load(x + first + places, mask=is_there, other=0.0).to(tl.float32)
+            if what == "gelu":
+                values *= _sigmoid(_gelu_slope(values * values) * values)
+            if what == "gelu_gradient":
+                values *= _gelu_derivative(tl.load(other + first + places, mask=is_there, other=0.0).to(tl.float32))
+            if what == "softmax_gradient":
+                log_sums = tl.load(other + first_row + rows, mask=is_row, other=float("inf"))
+                target = tl.load(targets + first_row + rows, mask=is_row, other=-1).to(tl.int32) - first_column
+                values = _exp(values - log_sums[:, None])
+                values -= tl.where(columns[None, :] == target[:, None], 1.0, 0.0)
+            else:
+                largest = tl.maximum(largest, tl.abs(values))
+            if with_sums:
+                total += values
+            values = values * multiplier + (values - values)  # 0, or NaN of what is not finite
+            scaled = scaled + (values,)  # noqa: RUF005 - Triton knows no *
+            even, odd = _parted(values)
+            a, c = _parted(even)
+            b, d = _parted(odd)
+            tl.store(
+                row_major + first // 4 + rows[:, None] * row_fours + columns_4[None, :],
+                _packed(a, b, c, d, dtype),
+                mask=is_row[:, None] & is_column_4[None, :],
+            )
+        tl.store(
+            column_major
+            + first_column.to(tl.int64) * column_fours
+            + first_row // 4
+            + columns[:, None] * column_fours
+            + rows_4[None, :],
+            tl.trans(_packed(scaled[0], scaled[1], scaled[2], scaled[3], dtype)),
+            mask=is_column[:, None] & (rows_4 < column_fours - first_row // 4)[None, :],
+        )
+    if what != "softmax_gradient":
+        tl.atomic_max(amax, tl.max(largest))
     if with_sums:
-        tl.store(sums + tl.program_id(0) * num_columns + columns, tl.sum(values, 0), mask=is_column)
-    # cut by comparisons, which NaN passes: with PTX's min.NaN and max.NaN, ptxas before 13.3 spoils the transposed store
-    # (https://github.com/triton-lang/triton/issues/11111)
-    scaled = values * tl.load(factor)
-    scaled = tl.where(scaled > largest, largest, tl.where(scaled < -largest, -largest, scaled))
-    scaled = tl.where(tl.abs(values) == float("inf"), float("nan"), scaled)
-    rounded = scaled.to(row_major.dtype.element_ty)
-    tl.store(row_major + places, rounded, mask=is_there)
-    transposed = columns[:, None].to(tl.int64) * padded_rows + rows[None, :]
-    tl.store(column_major + transposed, tl.trans(rounded), mask=is_column[:, None] & (rows < padded_rows)[None, :])
+        tl.store(sums + tl.program_id(0) * num_columns + first_column + columns, tl.sum(total, 0), mask=is_column)
 
 
 @triton.jit
-def _gelu_slope(z):
-    """u, for which GELU's tanh form is z * sigmoid(u): 2 * sqrt(2 / pi) * (z + 0.044715 z^3)."""
-    return 1.5957691216057308 * (z + 0.044715 * z * z * z)
+def _parted(values):
+    """The even and the odd columns."""
+    return tl.split(tl.reshape(values, (values.shape[0], values.shape[1] // 2, 2)))
+
+
+@triton.jit
+def _packed(a, b, c, d, dtype: tl.constexpr):
+    """Four fp32 tensors rounded to 8 bits, cut at the largest number, as the bytes of one of 32 bits, the lowest first."""
+    if IS_INTERPRETED:
+        return _byte(a, dtype) | (_byte(b, dtype) << 8) | (_byte(c, dtype) << 16) | (_byte(d, dtype) << 24)
+    return tl.inline_asm_elementwise(
+        _PACK_E4M3 if dtype == tl.float8e4nv else _PACK_E5M2,
+        "=r,r,r,r,r",
+        [a, b, c, d],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _byte(values, dtype: tl.constexpr):
+    """For the interpreter, whose own rounding forgets to carry: what it gets has no more bits than the type already."""
+    largest: tl.constexpr = 448.0 if dtype == tl.float8e4nv else 57344.0
+    cut = tl.clamp(values, -largest, largest)
+    shifted = cut * (2.0**20 + 1 if dtype == tl.float8e4nv else 2.0**21 + 1)  # Dekker 1971: it keeps 4 bits, or 3
+    byte = (shifted - (shifted - cut)).to(dtype).to(tl.uint8, bitcast=True)
+    return tl.where(values != values, 0x7F, byte).to(tl.int32)
+
+
+@triton.jit
+def _gelu_slope(z_squared):
+    """u / z, for which GELU's tanh form is z * sigmoid(u): u = 2 * sqrt(2 / pi) * (z + 0.044715 z^3)."""
+    return 1.5957691216057308 + 1.5957691216057308 * 0.044715 * z_squared
+
+
+@triton.jit
+def _gelu_derivative(z):
+    z_squared = z * z
+    share = _sigmoid(_gelu_slope(z_squared) * z)
+    inner = 1.5957691216057308 + 3 * 1.5957691216057308 * 0.044715 * z_squared  # derivative of u
+    return share + share * (1 - share) * (z * inner)
+
+
+@triton.jit
+def _sigmoid(u):
+    return _reciprocal(1 + _exp(-u))
+
+
+@triton.jit
+def _exp(x):
+    """To some 2^-22 of it, by one instruction of the hardware."""
+    x *= 1.4426950408889634
+    if IS_INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _reciprocal(x):
+    if IS_INTERPRETED:
+        return 1 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 def cast(
@@ -138,13 +241,15 @@ def cast(
     amax: Tensor,
     row_major: Tensor,
     column_major: Tensor,
-    largest: float,
     what: str,
     with_sums: bool,
 ) -> Tensor:
-    """Fills row_major (M, N) and column_major (N, at least M), raises amax; the column sums (N,) in fp32, if wanted."""
+    """Fills row_major (M, N), N a multiple of 4, and column_major (N, M padded to a multiple of 4), both of one 8-bit
+    type, raises amax; the column sums (N,) in fp32, if wanted.
+    """
     num_rows, num_columns = x.shape
-    grid = triton.cdiv(column_major.shape[1], CAST_ROWS), triton.cdiv(num_columns, CAST_COLUMNS)
+    padded_rows = column_major.shape[1]
+    grid = triton.cdiv(padded_rows, CAST_ROWS * CAST_BLOCKS), triton.cdiv(num_columns, CAST_COLUMNS)
     partial = torch.empty(grid[0] if with_sums else 0, num_columns, dtype=torch.float32, device=x.device)
     _cast_kernel[grid](
         x,
@@ -152,17 +257,18 @@ def cast(
         x if targets is None else targets,
         factor,
         amax,
-        row_major,
-        column_major,
+        row_major.view(torch.int32),
+        column_major.view(torch.int32),
         partial,
         num_rows,
-        num_columns,
-        column_major.shape[1],
-        largest=largest,
+        num_columns // 4,
+        padded_rows // 4,
         what=what,
+        dtype=tl.float8e4nv if row_major.dtype == torch.float8_e4m3fn else tl.float8e5,
         with_sums=with_sums,
         block_rows=CAST_ROWS,
         block_columns=CAST_COLUMNS,
+        num_blocks=CAST_BLOCKS,
         num_warps=CAST_WARPS,
     )
     return partial.sum(0) if with_sums else partial.new_empty(0)
