@@ -28,7 +28,7 @@ from torch import Tensor
 from gpt2core import fused_loss, kernels
 from gpt2core.config import ModelConfig, TrainConfig
 from gpt2core.distributed import Ranks
-from gpt2core.fp8_cast import E4M3, E5M2, MULTIPLE, cast, check_kernels, power_of_two, product
+from gpt2core.fp8_cast import E4M3, E5M2, MULTIPLE, cast_into, check_kernels, power_of_two, product
 from gpt2core.fp8_linear import MLP8, Linear8, Mode, RowwiseLinear8, Scale, Weight, head_loss
 from gpt2core.fp8_scaling import DelayedScaling
 from gpt2core.model import GPT, Block, Linear
@@ -141,9 +141,8 @@ class FP8:
         factors = power_of_two(torch.finfo(E4M3).max, amax)
         unused = torch.zeros_like(amax[:1])
         for master, weight, factor in zip(masters, weights, factors.split(1), strict=True):
-            row, column, _ = cast(master, None, None, factor, unused, "itself", False, False, self.mode.emulate)
-            weight.row_major.copy_(row)
-            weight.column_major.copy_(column)
+            layouts = weight.row_major, weight.column_major
+            cast_into(*layouts, master, None, None, factor, unused, "itself", False, self.mode.emulate)
         inverses = factors.reciprocal().split(1)
         torch._foreach_copy_([weight.row_inverse for weight in weights], inverses)
         torch._foreach_copy_([weight.column_inverse for weight in weights], inverses)

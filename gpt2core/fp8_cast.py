@@ -64,18 +64,34 @@ def cast(
     with_sums: bool,
     emulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """cast_into new memory: row-major, column-major and the sums."""
+    row_major, column_major, _ = _empty(x, is_gradient)
+    sums = cast_into(row_major, column_major, x, other, targets, factor, amax, what, with_sums, emulate)
+    return row_major, column_major, sums
+
+
+def cast_into(
+    row_major: Tensor,
+    column_major: Tensor,
+    x: Tensor,
+    other: Tensor | None,
+    targets: Tensor | None,
+    factor: Tensor,
+    amax: Tensor,
+    what: str,
+    with_sums: bool,
+    emulate: bool,
+) -> Tensor:
     """x (M, N) made into `what`, times factor (1,), in e4m3 or, for a gradient, e5m2: row-major (M, N), and transposed,
-    (N, M padded with zeros to a multiple of 16); and the fp32 sums of the columns (N,), none without `with_sums`.
+    (N, M padded with zeros to a multiple of 16). Returns the fp32 sums of the columns (N,), none without `with_sums`.
 
     Raises amax (1,) to the largest magnitude, but for softmax_gradient, whose bound is known. `emulate` uses nothing but PyTorch's operations.
     """
-    row_major, column_major, _ = _empty(x, is_gradient)
     if not emulate:
         from gpt2core import triton_kernels
 
         x = x.contiguous()
-        sums = triton_kernels.cast(x, other, targets, factor, amax, row_major, column_major, what, with_sums)
-        return row_major, column_major, sums
+        return triton_kernels.cast(x, other, targets, factor, amax, row_major, column_major, what, with_sums)
     values = values_of(x, other, targets, what)
     if what != "softmax_gradient":
         torch.maximum(amax, values.abs().amax(), out=amax)
@@ -83,7 +99,7 @@ def cast(
     scaled = (values * factor).clamp(-largest, largest)
     row_major.copy_(torch.where(values.isinf(), torch.nan, scaled))
     column_major.copy_(F.pad(row_major.float(), (0, 0, 0, column_major.shape[1] - len(x))).T)
-    return row_major, column_major, values.sum(0) if with_sums else values.new_empty(0)
+    return values.sum(0) if with_sums else values.new_empty(0)
 
 
 @cast.register_fake
@@ -124,10 +140,7 @@ def check_kernels(device: torch.device) -> None:
     """
     from gpt2core import fused_loss, triton_kernels
 
-    rows, columns = (
-        triton_kernels.CAST_ROWS + MULTIPLE,
-        triton_kernels.CAST_COLUMNS + MULTIPLE,
-    )  # a block, and parts of others
+    rows, columns = (size + MULTIPLE for size in triton_kernels.CAST_BLOCK[:2])  # a block, and parts of others
     random = torch.Generator(device).manual_seed(0)
     x, other = torch.randn(2, rows, columns, device=device, generator=random).bfloat16()
     targets = torch.randint(columns, (rows,), device=device, generator=random)
