@@ -153,6 +153,7 @@ class TrainConfig(Settings):
             "checkpoint_interval_s",
             "checkpoint_dir",
             "keep_checkpoints",
+            "keep_best",
             "use_tensorboard",
             "log_freq",
             "compile",
@@ -224,6 +225,10 @@ class TrainConfig(Settings):
         "without one they lie in the run's own folder.",
     )
     keep_checkpoints: Positive = Field(10, description="Rolling checkpoints kept; older ones are removed.")
+    keep_best: bool = Field(
+        True,
+        description="Save the weights as best_model.pt after each validation that finds the run's lowest loss.",
+    )
     use_tensorboard: bool = Field(True, description="Write TensorBoard event files.")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="Device; auto takes a GPU if there is one."

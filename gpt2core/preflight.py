@@ -150,7 +150,7 @@ def _disk_space(config: RunConfig) -> Finding | str:
     place = local_path(location)
     latest = folder.find(LATEST)
     one = latest.sidecar.bytes if latest else config.checkpoint_bytes()
-    planned = train.keep_checkpoints + train.num_epochs + 2
+    planned = train.keep_checkpoints + train.num_epochs + train.keep_best + 1
     there = folder.disk_bytes()
     rolling = [name for name in file_sizes(location) if ROLLING.match(name)]
     leaving = max(0, len(rolling) - train.keep_checkpoints)  # goes at the next save
@@ -160,8 +160,8 @@ def _disk_space(config: RunConfig) -> Finding | str:
     logs = _log_bytes(config)
     free = shutil.disk_usage(_nearest(place)).free
     sum_of = (
-        f"{planned} files of {one / 1e9:.2f} GB ({train.keep_checkpoints} rolling, {train.num_epochs} epochs, the best, "
-        f"the one being written) = {planned * one / 1e9:.1f} GB, of which {there / 1e9:.1f} GB are there"
+        f"{planned} files of {one / 1e9:.2f} GB ({train.keep_checkpoints} rolling, {train.num_epochs} epochs, "
+        f"{'the best, ' * train.keep_best}the one being written) = {planned * one / 1e9:.1f} GB, of which {there / 1e9:.1f} GB are there"
         + (f" and {leaving} old rolling ones go" if leaving else "")
         + f"; logs up to {logs / 1e9:.1f} GB"
     )
@@ -182,7 +182,7 @@ def _saves_left(config: RunConfig, step: int) -> int | None:
     if train.steps_per_epoch == "auto" or train.checkpoint_interval_s:
         return None
     left = train.num_epochs * train.steps_per_epoch - step
-    by_freq = [left // freq + 1 for freq in (train.checkpoint_freq, train.eval_freq) if freq]
+    by_freq = [left // freq + 1 for freq in (train.checkpoint_freq, train.eval_freq * train.keep_best) if freq]
     return sum(by_freq) + left // train.steps_per_epoch + 1 if left > 0 else 0
 
 

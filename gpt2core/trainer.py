@@ -137,7 +137,7 @@ class Trainer:
                 self.log_step(result, log, self.now() - since, self.step - logged_at)
                 since, logged_at = self.now(), self.step
             aside = self.now() if self.is_more_due(is_save_due or last or at_end_of_epoch) else time.perf_counter()
-            best = (self.is_due(train.eval_freq) or at_end_of_epoch) and self.validate(log)
+            best = (self.is_due(train.eval_freq) or at_end_of_epoch) and self.validate(log) and train.keep_best
             if self.is_due(train.hellaswag_freq):
                 self.evaluate_hellaswag(log)
             if log and self.is_due(train.sample_freq):

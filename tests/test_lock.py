@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import wait_until
 
 from gpt2core.flags import TRY_AGAIN
 
 pytestmark = pytest.mark.slow  # each test starts trainers
+
+
+def state(process: Path) -> str:
+    """A letter, by proc(5)."""
+    return (process / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -25,6 +31,8 @@ def test_a_second_run_on_a_folder_is_refused_and_a_killed_one_is_in_nobodys_way(
     with lab.started(run, endless) as holder:
         holder.wait_for_step(3)
         os.kill(holder.process.pid, signal.SIGSTOP)  # so that what changes now is the second one's doing
+        threads = Path(f"/proc/{holder.process.pid}/task")
+        wait_until(lambda: all(state(thread) == "T" for thread in threads.iterdir()), "all its threads to stop")
         before = contents(run)
         said = f"{run} is in use by process {holder.process.pid} on "
         alone = lab.run("gpt2core.train", resume)

@@ -220,6 +220,14 @@ def test_without_a_frequency_or_an_interval_only_the_end_of_an_epoch_and_the_bes
     assert [found.sidecar.step for found in folder.all() if "rolling" in found.name] == [24, 12]
 
 
+def test_the_best_is_not_kept_where_nobody_wants_it(lab: Any, tmp_path: Path, train_here: Any) -> None:
+    changes = {"checkpoint_freq": 0, "eval_freq": 3, "steps_per_epoch": 12, "num_epochs": 1}
+    train_here([*lab.flags(tmp_path, **changes), "--no-keep_best"])
+    run = tmp_path / "tiny"
+    assert len(lab.logged(run, "val_loss")) == 5  # at 0, 3, 6, 9 and 12
+    assert CheckpointFolder(run / "checkpoints").names() == ["epoch_00001", "latest", "rolling_step_000012"]
+
+
 # --- resume rules ----------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from gpt2core.run_folder import RunFolder
 
 # evaluations are what is compared, so nothing else interrupts the steps
-FIXED = "--num_epochs 1 --hellaswag_freq 0 --sample_freq 0 --histogram_freq 0 --log_freq 1 --keep_checkpoints 1 --no-use_tensorboard"
+FIXED = "--num_epochs 1 --hellaswag_freq 0 --sample_freq 0 --histogram_freq 0 --log_freq 1 --keep_checkpoints 1 --no-keep_best --no-use_tensorboard"
 
 
 @dataclass(frozen=True)
