@@ -427,6 +427,24 @@ def test_samples_and_histograms_reach_tensorboard_and_leave_the_training_alone(
     assert lab.logged(run, "loss") == pytest.approx(expected, abs=1e-4)
 
 
+def test_what_is_done_between_steps_compiles_the_model_once_and_never_again(
+    lab: Any, tmp_path: Path, monkeypatch: Any, train_here: Any
+) -> None:
+    """Validation needs a graph of its own; HellaSwag and samples none, and the next steps have theirs already."""
+    compile_model, graphs = torch.compile, []
+
+    def counted(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_model(model, backend=counted, **options))
+    torch._dynamo.reset()
+    between = {"eval_freq": 2, "hellaswag_freq": 3, "sample_freq": 2, "hellaswag": lab.examples(3)}
+    train_here([*lab.flags(tmp_path, **between, steps_per_epoch=8, num_epochs=1), "--compile", "on"])
+    assert list(lab.logged(tmp_path / "tiny", "acc_norm")) == [3, 6]
+    assert len(graphs) == 2
+
+
 def test_gradients_that_are_not_finite_end_the_run_in_one_sentence(lab: Any, tmp_path: Path) -> None:
     """Weights blown up by an absurd learning rate give NaN for good; the run gives up instead of going on."""
     done = lab.run("gpt2core.train", lab.flags(tmp_path, max_lr=1e38, min_lr=0, grad_clip=1e30))
