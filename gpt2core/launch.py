@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from threading import Event
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,8 +64,10 @@ def places(wanted: int | Literal["auto"], device: str) -> list[str | None]:
 
 def visible_gpus() -> list[str]:
     """UUIDs of the GPUs that a new process would see; asked of one, so that this process never touches them."""
-    code = "from torch import cuda; [print(cuda.get_device_properties(gpu).uuid) for gpu in range(cuda.device_count())]"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    if version("torch").endswith("+cpu"):
+        return []
+    asked = [sys.executable, "-m", "gpt2core.cuda_driver"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
 
 
 def python_command(module: str, arguments: list[str], torchrun_flags: Sequence[str] = ()) -> list[str]:

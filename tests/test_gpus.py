@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,8 +13,10 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+import torch
 
 from gpt2core import lock
+from gpt2core.cuda_driver import visible_gpus
 from gpt2core.flags import TRY_AGAIN
 
 ROOT = Path(__file__).parents[1]
@@ -101,3 +105,44 @@ def test_an_evaluation_that_shall_not_wait_is_refused_or_goes_to_the_cpu(gpus: l
         assert refused.process.returncode == TRY_AGAIN
         assert error.count("\n") == 1 and f"GPU {gpus[0]} is in use by process " in error
     assert start("best", gpus[:1], "refuse").line() == "on 0"
+
+
+DRIVER = """
+#include <string.h>
+int cuInit(unsigned flags) { return %(error)d; }
+int cuDeviceGetCount(int *count) { *count = 2; return 0; }
+int cuDeviceGet(int *device, int number) { *device = 7 + number; return 0; }
+int cuDeviceGetUuid(unsigned char *uuid, int device) {
+    for (int i = 0; i < 16; i++) uuid[i] = 16 * device + i;
+    return 0;
+}
+"""
+
+
+def gpus_of_driver(folder: Path, error: int) -> str:
+    """What a process sees with a driver that has two GPUs, or whose start fails."""
+    subprocess.run(
+        ["gcc", "-shared", "-x", "c", "-", "-o", folder / "libcuda.so.1"],
+        input=DRIVER % {"error": error},
+        text=True,
+        check=True,
+    )
+    environment = os.environ | {"LD_LIBRARY_PATH": str(folder)}
+    command = [sys.executable, "-m", "gpt2core.cuda_driver"]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="builds a stand-in of the CUDA driver with gcc")
+def test_gpus_are_known_by_their_uuids_without_torch(tmp_path: Path) -> None:
+    assert gpus_of_driver(tmp_path, error=0).split() == [
+        "70717273-7475-7677-7879-7a7b7c7d7e7f",
+        "80818283-8485-8687-8889-8a8b8c8d8e8f",
+    ]
+    assert gpus_of_driver(tmp_path, error=100).split() == []  # CUDA_ERROR_NO_DEVICE
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch's own answer is what is compared")
+def test_torch_sees_the_same_gpus() -> None:
+    assert visible_gpus() == [
+        str(torch.cuda.get_device_properties(gpu).uuid) for gpu in range(torch.cuda.device_count())
+    ]
