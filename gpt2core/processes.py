@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,6 +32,12 @@ class Process(Record):
         if self.is_alive():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
+
+
+def own_age_s() -> float | None:
+    """Seconds since this process was started."""
+    own = Process.of(os.getpid())
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - own.started / os.sysconf("SC_CLK_TCK") if own else None
 
 
 def descendants(pid: int) -> list[Process]:

@@ -28,7 +28,7 @@ from gpt2core.launch import GRACE_S, die_with_parent, tell
 from gpt2core.log_line import ENDED_BY
 from gpt2core.metrics import MetricsLog
 from gpt2core.preflight import preflight
-from gpt2core.processes import Process
+from gpt2core.processes import Process, own_age_s
 from gpt2core.run_checkpoint import load_at
 from gpt2core.run_folder import RunFolder
 from gpt2core.storage import exists, first_line
@@ -65,6 +65,7 @@ def train(
     stop_epoch: int | None = None,
 ) -> None:
     """Trains this process's share of the run, from the checkpoint to the end, or to the end of `stop_epoch`."""
+    loaded_after_s = own_age_s()
     stop = StopRequest()
     parent = die_with_parent()
     faulthandler.register(STACKS_SIGNAL, file=STDERR)
@@ -82,7 +83,7 @@ def train(
         _begin_heartbeat(folder, ranks, parent)
         if parent:
             end_orphans(parent, folder.heartbeat_file, GRACE_S)
-        _train(config, ranks, resume, force, accept_changed_data, stop_epoch, stop)
+        _train(config, ranks, resume, force, accept_changed_data, stop_epoch, stop, loaded_after_s)
 
 
 def _begin_heartbeat(folder: RunFolder, ranks: Ranks, parent: int | None) -> None:
@@ -102,6 +103,7 @@ def _train(
     accept_changed_data: bool,
     stop_epoch: int | None,
     stop: StopRequest,
+    loaded_after_s: float | None,
 ) -> None:
     folder = RunFolder.of(config)
     checkpoints = CheckpointFolder(folder.checkpoints)
@@ -136,6 +138,7 @@ def _train(
             f"kernels: {trainer.kernels.note}",
             *([trainer.fp8.describe()] if trainer.fp8 else []),
             trainer.optimizer.describe(),
+            *_start(loaded_after_s),
             origin,
         ]:
             log.say(line)
@@ -152,6 +155,16 @@ def _train(
         log.close()
     trainer.loader.close()
     ranks.leave()
+
+
+def _start(loaded_after_s: float | None) -> list[str]:
+    """How long the process took to get here; the first step adds what is compiled for it."""
+    ready_after_s = own_age_s()
+    if loaded_after_s is None or ready_after_s is None:
+        return []
+    return [
+        f"start: ready {ready_after_s:.1f} s after the process began, {loaded_after_s:.1f} s of them to load its modules"
+    ]
 
 
 @contextlib.contextmanager

@@ -248,6 +248,14 @@ def test_resume_latest_without_checkpoints_starts_afresh_and_says_so(
     assert list(lab.logged(tmp_path / "tiny", "loss")) == [1, 2]
 
 
+def test_a_run_says_how_long_its_process_took_to_be_ready(straight: Path) -> None:
+    (ready, loaded), *_ = re.findall(
+        r"start: ready ([\d.]+) s after the process began, ([\d.]+) s of them to load",
+        (straight / "logs" / "log.txt").read_text(),
+    )
+    assert 0 < float(loaded) < float(ready) < 600
+
+
 def test_resuming_a_finished_run_trains_nothing(lab: Any, straight: Path, tmp_path: Path, train_here: Any) -> None:
     run = lab.copy_run(straight, tmp_path)
     train_here([*lab.flags(tmp_path), "--resume", "latest"])
