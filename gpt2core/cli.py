@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,8 @@ from gpt2core.config import DataConfig, LaunchConfig, RunConfig
 from gpt2core.flags import Parser, add_recipe, add_settings, main_guard, run_config, settings_of
 
 if TYPE_CHECKING:
+    from gpt2core.generate import Sampling
+    from gpt2core.model import GPT
     from gpt2core.run_checkpoint import NamedCheckpoint
 
 
@@ -87,6 +90,7 @@ def promote(argv: list[str]) -> None:
 
 def generate(argv: list[str]) -> None:
     from gpt2core import generate as generation
+    from gpt2core import gpus
 
     parser = Parser(prog="gpt2 generate", description="Continue a text, or those of a file.")
     parser.add_argument("prompt", nargs="?", default=generation.PROMPT, help="text to continue")
@@ -101,15 +105,24 @@ def generate(argv: list[str]) -> None:
     )
     parser.add_argument("--seed", type=int, default=42, help="same seed, same text")
     parser.add_argument("--samples", type=int, default=1, help="number of continuations")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+    gpus.add_arguments(parser, if_busy="cpu")
     arguments = parser.parse_args(argv)
     numbers = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "samples")}
     sampling = generation.Sampling(**numbers, top_k=None if arguments.top_k == 0 else arguments.top_k)
     if arguments.batch_size < 1:
         raise ValueError(f"batch_size {arguments.batch_size}: at least 1 is needed")
     prompts = _read_prompts(arguments.prompts) if arguments.prompts else []
-    model = _load(arguments).model(arguments.device)
-    if arguments.prompts:
+    checkpoint = _load(arguments)
+    with contextlib.ExitStack() as held:
+        with contextlib.redirect_stdout(sys.stderr):  # stdout has the answers alone
+            ranks = gpus.join(arguments.device, arguments.if_gpu_busy, held, f"generating with {checkpoint.name}")
+        _answer(checkpoint.model(ranks.device), arguments, prompts, sampling)
+
+
+def _answer(model: GPT, arguments: argparse.Namespace, prompts: list[str], sampling: Sampling) -> None:
+    from gpt2core import generate as generation
+
+    if prompts:
         generation.check_prompts(model, prompts)  # before the first of many answers
         for start in range(0, len(prompts), arguments.batch_size):
             batch = prompts[start : start + arguments.batch_size]

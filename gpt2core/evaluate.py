@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import get_args
 
 from pydantic import ValidationError
 
@@ -23,7 +22,6 @@ from gpt2core.flags import Parser, main_guard
 from gpt2core.hellaswag import Example, Questions, evaluate_hellaswag, fingerprint, load_hellaswag
 from gpt2core.launch import die_with_parent, tell
 from gpt2core.loader import Sequences
-from gpt2core.lock import IfBusy
 from gpt2core.metrics import MetricsLog
 from gpt2core.model import GPT
 from gpt2core.records import Convention, Evaluation, HellaSwagScore
@@ -49,13 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how to read and to count it, if not as the run's settings say",
     )
     parser.add_argument("--val_tokens", type=int, help="tokens of the validation shard, if not the run's own number")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
-    parser.add_argument(
-        "--if_gpu_busy",
-        choices=get_args(IfBusy),
-        default="wait",
-        help="what to do when a training or another evaluation has each GPU: it never shares one",
-    )
+    gpus.add_arguments(parser, if_busy="wait")
     parser.add_argument("--force", action="store_true", help="measure again what was measured before")
     parser.add_argument("--result", metavar="FILE", type=Path, help="write the result here, too, as JSON")
 

@@ -1,8 +1,10 @@
-"""Which GPU a process may compute on: one trainer or evaluation at a time has it, as long as it lives."""
+"""Which GPU a process may compute on: one trainer, evaluation or generation at a time has it, as long as it lives."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+from typing import get_args
 
 import torch
 
@@ -27,6 +29,17 @@ def claim(ranks: Ranks, held: contextlib.ExitStack, doing: str) -> None:
             raise BlockingIOError(refusals[0])
 
     ranks.on_main(refuse)
+
+
+def add_arguments(parser: argparse.ArgumentParser, if_busy: lock.IfBusy) -> None:
+    """The flags of what computes for a while on one GPU; `if_busy` is the default."""
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+    parser.add_argument(
+        "--if_gpu_busy",
+        choices=get_args(lock.IfBusy),
+        default=if_busy,
+        help=f"what to do while a training or an evaluation has each GPU, which is never shared (default: {if_busy})",
+    )
 
 
 def join(device: str, if_busy: lock.IfBusy, held: contextlib.ExitStack, doing: str) -> Ranks:
