@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Annotated
 
 from prefect import flow
@@ -27,10 +28,11 @@ def join_training(
     Args:
         run_name: Name of the run, as the leading flow has it.
         artifacts_dir: Folder of the runs, which the machines share.
-        wait_s: Longest wait in seconds for the leading flow to begin the run.
+        wait_s: Longest wait in seconds for the leading flow to begin the run, and later for an attempt of it.
     """
     if launch.nnodes == 1:
         raise ValueError("launch.nnodes is 1: to join a run give nnodes and rdzv_endpoint as the leading flow has them")
+    joined_at = datetime.now(UTC)
     wait_for_start(RunFolder(artifacts_dir, run_name), wait_s)
-    while not join_epoch(artifacts_dir, run_name, launch, recovery):
+    while not join_epoch(artifacts_dir, run_name, launch, recovery, wait_s, joined_at):
         pass

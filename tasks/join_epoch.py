@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -13,6 +15,7 @@ from gpt2core.run_folder import RunFolder
 from gpt2core.watchdog import Watchdog
 from tasks.attempts import UNLIMITED
 from tasks.stage_process import run_stage, worth_a_retry
+from tasks.waiting import refuse_when_left
 
 
 @task(
@@ -24,10 +27,18 @@ from tasks.stage_process import run_stage, worth_a_retry
     retry_condition_fn=worth_a_retry,
     cache_policy=NO_CACHE,
 )
-def join_epoch(artifacts_dir: str, run_name: str, launched: LaunchConfig, recovery: RecoveryConfig) -> bool:
+def join_epoch(
+    artifacts_dir: str,
+    run_name: str,
+    launched: LaunchConfig,
+    recovery: RecoveryConfig,
+    wait_s: float,
+    joined_at: datetime,
+) -> bool:
     """Trains until the leading flow's epoch ends; True when there is none left.
 
-    Where the epoch ends, and which checkpoint it begins with, the ranks agree on among themselves.
+    Where the epoch ends, and which checkpoint it begins with, the ranks agree on among themselves. The leading flow may be
+    without an attempt at training for wait_s seconds after joined_at.
     """
     folder = RunFolder(artifacts_dir, run_name)
     if not folder.config_file.exists():
@@ -35,6 +46,7 @@ def join_epoch(artifacts_dir: str, run_name: str, launched: LaunchConfig, recove
     config = read_config(folder.config_file)
     if CheckpointFolder(folder.checkpoints).find(epoch_name(config.train.num_epochs)):
         return True
+    refuse_when_left(folder, wait_s, joined_at)
     nproc = launch.num_processes(launched.nproc_per_node, config.train.device)
     run_stage(
         "gpt2core.train",

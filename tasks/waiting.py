@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 from prefect.client.orchestration import get_client
@@ -82,6 +83,20 @@ def wait_for_start(folder: RunFolder, longest_s: float) -> None:
         time.sleep(SECONDS_BETWEEN_LOOKS)
     if told:
         _say_going_on()
+
+
+def refuse_when_left(folder: RunFolder, longest_s: float, joined_at: datetime) -> None:
+    """Raises ValueError when the run's leading flow has had no attempt under way for so many seconds since it was joined."""
+    every = attempts.read(folder)
+    if not every or every[-1].outcome == "running" or not every[-1].ended_at:
+        return
+    idle_s = (datetime.now(UTC) - max(joined_at, datetime.fromisoformat(every[-1].ended_at))).total_seconds()
+    if idle_s >= longest_s:
+        last = f"the last one ended at {every[-1].ended_at}: {every[-1].outcome}"
+        raise ValueError(
+            f"the flow that leads {folder.path} has begun no attempt at training for {short_duration(idle_s)} ({last}"
+            f"{f', {every[-1].error}' if every[-1].error else ''}): start it again, and join-training with it"
+        )
 
 
 def _why_not_begun(folder: RunFolder) -> str:

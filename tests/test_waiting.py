@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,11 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 from prefect.runtime import flow_run
 
 from flows.join_training import join_training
-from gpt2core.config import LaunchConfig
+from gpt2core import attempts
+from gpt2core.config import LaunchConfig, RunConfig
 from gpt2core.lock import WAITING
 from gpt2core.run_folder import RunFolder
-from tasks.waiting import QueueShown, wait_for_start
+from tasks.waiting import QueueShown, refuse_when_left, wait_for_start
 
 pytestmark = pytest.mark.slow  # there is a server behind it
 
@@ -70,6 +73,21 @@ def test_a_run_that_is_begun_while_it_is_waited_for_is_joined(orchestration: Orc
     seen = states(orchestration, f"waits in {tmp_path}")
     assert [name for name, _ in seen] == ["Running", "Queued", "Running", "Completed"]
     assert f"{folder.path} has no config.json yet; waiting up to" in dict(seen)["Queued"]
+
+
+def test_a_run_whose_leading_flow_gave_up_is_left(orchestration: Orchestration, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, "tiny")
+    folder.path.mkdir()
+    folder.config_file.write_text(RunConfig(run_name="tiny", artifacts_dir=str(tmp_path)).model_dump_json())
+    attempts.begin(folder, "leading")
+    long_ago = datetime(2020, 1, 1, tzinfo=UTC)
+    refuse_when_left(folder, 0, long_ago)  # it has an attempt under way
+    attempts.end(folder, "failed", "python -m gpt2core.train ended with 1")
+    refuse_when_left(folder, 60, long_ago)  # it may begin another one
+    said = f"the flow that leads {folder.path} has begun no attempt at training for 0s (the last one ended at "
+    with orchestration.client(), pytest.raises(ValueError, match=re.escape(said)) as refusal:
+        join_training("tiny", str(tmp_path), LaunchConfig(nnodes=2, rdzv_endpoint="node0:29500"), wait_s=0)
+    assert "failed, python -m gpt2core.train ended with 1): start it again, and join" in str(refusal.value)
 
 
 def test_a_stage_whose_process_waits_for_a_gpu_is_queued(orchestration: Orchestration) -> None:
