@@ -224,11 +224,16 @@ def why_not(device: torch.device, model: ModelConfig, recipe: str, emulate: bool
     try:
         check_kernels(device)
         _try_products(device, rowwise=False)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # Triton has errors of its own
-        hint = " (TRITON_PTXAS_PATH names a newer ptxas)" if "ptxas" in str(error) else ""
+        hint = "; TRITON_PTXAS_PATH and TRITON_PTXAS_BLACKWELL_PATH may name a newer ptxas"
         return f"torch {torch.__version__} cannot compute in FP8 on {name}: {first_line(error)}{hint}"
     try:
-        _try_products(device, recipe == "rowwise")
+        if recipe == "rowwise":
+            _try_products(device, rowwise=True)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError) as error:
         return f"torch {torch.__version__} cannot scale rows on {name} ({first_line(error)}), but --fp8_recipe delayed works there"
     return None

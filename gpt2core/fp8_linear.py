@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gpt2core import fused_loss
-from gpt2core.fp8_cast import E4M3, E5M2, cast, largest_magnitude, power_of_two, product
+from gpt2core.fp8_cast import E4M3, E5M2, cast, cut, largest_magnitude, power_of_two, product
 from gpt2core.kernels import weight_gradient
 
 HEAD_FACTOR = 2.0**15  # e5m2 holds it, and 2^-31 of it: probabilities of softmax down to 5e-10
@@ -164,10 +164,8 @@ class MLP8(torch.autograd.Function):
 def rows_rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x (M, N) with a factor for each row, and the factors' inverses (M, 1)."""
     values = x.float()
-    largest = torch.finfo(dtype).max
-    factor = power_of_two(largest, values.abs().amax(1, keepdim=True))
-    scaled = torch.where(values.isinf(), torch.nan, (values * factor).clamp(-largest, largest))
-    return scaled.to(dtype), factor.reciprocal()
+    factor = power_of_two(torch.finfo(dtype).max, values.abs().amax(1, keepdim=True))
+    return cut(values, factor, dtype).to(dtype), factor.reciprocal()
 
 
 class RowwiseLinear8(torch.autograd.Function):

@@ -42,8 +42,10 @@ class DelayedScaling:
         self._look_back_on(torch.where(left_out, self.history, torch.cat([amax[None], self.history[:-1]])))
 
     def calibrated(self) -> None:
-        """After a pass that rounded by each tensor's own magnitude."""
-        self._look_back_on(self._largest_of_all_ranks().expand_as(self.history).clone())
+        """After a pass that rounded by each tensor's own magnitude. Of one that was not finite nothing is known: it is as
+        if it had been 0, until the next update."""
+        amax = self._largest_of_all_ranks()
+        self._look_back_on(torch.where(amax.isfinite(), amax, 0.0).expand_as(self.history).clone())
 
     def forget(self) -> None:
         """What was measured since the last update counts no more."""

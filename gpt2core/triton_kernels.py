@@ -6,7 +6,7 @@ What each computes stands beside it in plain PyTorch: `loss_rows` in fused_loss.
 
 from __future__ import annotations
 
-import os
+import math
 
 import torch
 import triton
@@ -18,7 +18,9 @@ LOSS_BLOCK, LOSS_WARPS = 8192, 8
 # A block of the cast: its rows, columns and warps, without column sums and with them; measured best of 14 on an H200.
 CAST_BLOCK, CAST_BLOCK_WITH_SUMS = (64, 128, 8), (64, 64, 4)
 
-IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which knows no PTX
+IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # by the interpreter, which knows no PTX
+_GELU_LINEAR = tl.constexpr(2 * math.sqrt(2 / math.pi))
+_GELU_CUBIC = tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
 _PACK_E4M3, _PACK_E5M2 = (
     tl.constexpr(
         "{ .reg .b16 low, high;"
@@ -84,7 +86,7 @@ def loss_rows(logits: Tensor, targets: Tensor, scale: float | None) -> tuple[Ten
     return losses, log_sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["factor", "amax"])  # numbers out of a row of them: one kernel for all
 def _cast_kernel(
     x,
     other,
@@ -105,9 +107,10 @@ def _cast_kernel(
 ):
     """A block of x, (num_rows, 4 * row_fours), made into `what`, times factor, rounded, in both layouts.
 
-    These are written four numbers at once, which lie in one thread: four rows are loaded as four tensors. (Of single
-    8-bit numbers the transposed stores are slow and, by a fault of ptxas before 13.3, wrong:
-    https://github.com/triton-lang/triton/issues/11111.)
+    These are written four numbers at once, which lie in one thread: four rows are loaded as four tensors. Stores of single
+    8-bit floats in both layouts took twice as long and, with the ptxas 12.8 of Triton 3.6, came out wrong on an H200: see
+    https://github.com/triton-lang/triton/issues/11111, which met the same where PTX has min.NaN (ours had it in one of
+    two versions).
     """
     num_columns = 4 * row_fours
     first_column = tl.program_id(1) * block_columns
@@ -192,24 +195,27 @@ def _packed(a, b, c, d, dtype: tl.constexpr):
 @triton.jit
 def _byte(values, dtype: tl.constexpr):
     """For the interpreter, whose own rounding forgets to carry: what it gets has no more bits than the type already."""
-    largest: tl.constexpr = 448.0 if dtype == tl.float8e4nv else 57344.0
+    is_e4m3: tl.constexpr = dtype == tl.float8e4nv
+    largest: tl.constexpr = 448.0 if is_e4m3 else 57344.0
+    smallest_normal: tl.constexpr = 2.0**-6 if is_e4m3 else 2.0**-14
     cut = tl.clamp(values, -largest, largest)
-    shifted = cut * (2.0**20 + 1 if dtype == tl.float8e4nv else 2.0**21 + 1)  # Dekker 1971: it keeps 4 bits, or 3
-    byte = (shifted - (shifted - cut)).to(dtype).to(tl.uint8, bitcast=True)
-    return tl.where(values != values, 0x7F, byte).to(tl.int32)
+    shifted = cut * (2.0**20 + 1 if is_e4m3 else 2.0**21 + 1)  # Dekker 1971: it keeps 4 bits, or 3
+    to_fixed: tl.constexpr = 1.5 * 2.0**14 if is_e4m3 else 1.5 * 2.0**7  # where fp32's steps are the subnormals'
+    rounded = tl.where(tl.abs(cut) < smallest_normal, (cut + to_fixed) - to_fixed, shifted - (shifted - cut))
+    return tl.where(values != values, 0x7F, rounded.to(dtype).to(tl.uint8, bitcast=True)).to(tl.int32)
 
 
 @triton.jit
 def _gelu_slope(z_squared):
     """u / z, for which GELU's tanh form is z * sigmoid(u): u = 2 * sqrt(2 / pi) * (z + 0.044715 z^3)."""
-    return 1.5957691216057308 + 1.5957691216057308 * 0.044715 * z_squared
+    return z_squared * _GELU_CUBIC + _GELU_LINEAR
 
 
 @triton.jit
 def _gelu_derivative(z):
     z_squared = z * z
     share = _sigmoid(_gelu_slope(z_squared) * z)
-    inner = 1.5957691216057308 + 3 * 1.5957691216057308 * 0.044715 * z_squared  # derivative of u
+    inner = z_squared * (_GELU_CUBIC * 3) + _GELU_LINEAR  # derivative of u
     return share + share * (1 - share) * (z * inner)
 
 
@@ -220,7 +226,7 @@ def _sigmoid(u):
 
 @triton.jit
 def _exp(x):
-    """To some 2^-22 of it, by one instruction of the hardware."""
+    """By the hardware's 2^x, exact to 2^-22, of an x that is rounded before: together to 2^-19 up to |x| = 40."""
     x *= 1.4426950408889634
     if IS_INTERPRETED:
         return tl.exp2(x)

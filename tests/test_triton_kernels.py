@@ -5,13 +5,16 @@ The interpreter knows no PTX, so that what rounds there to 8 bits is other code;
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2core.fp8 import CAPABILITY
-from gpt2core.fp8_cast import E4M3, E5M2, MULTIPLE, cast, values_of
+from gpt2core.fp8_cast import E4M3, E5M2, MULTIPLE, cast, check_kernels, values_of
 from gpt2core.fused_loss import HAS_TRITON
 
 if not HAS_TRITON:
@@ -51,7 +54,9 @@ def test_losses_logsumexps_and_gradients(rows: int, vocab: int, dtype: torch.dty
     torch.testing.assert_close(logits.double(), 0.25 * exact.grad, rtol=tolerance, atol=1e-7)
 
 
-def cast_by_kernel(x: Tensor, other: Tensor | None, factor: float, what: str, is_gradient: bool) -> list[Tensor]:
+def cast_by_kernel(
+    x: Tensor, other: Tensor | None, factor: float, what: str, is_gradient: bool, with_sums: bool = True
+) -> list[Tensor]:
     """Row-major, column-major, column sums, largest magnitude, in fp32; memory of the layouts held NaN before."""
     rows, columns = x.shape
     padded = -(-rows // MULTIPLE) * MULTIPLE
@@ -60,7 +65,7 @@ def cast_by_kernel(x: Tensor, other: Tensor | None, factor: float, what: str, is
     amax = torch.full((1,), 0.5, device=DEVICE)
     targets = some_targets(rows, columns)
     multiplied = torch.tensor([factor], device=DEVICE)
-    sums = kernels.cast(x, other, targets, multiplied, amax, *layouts, what, True)
+    sums = kernels.cast(x, other, targets, multiplied, amax, *layouts, what, with_sums)
     return [*(layout.float() for layout in layouts), sums, amax]
 
 
@@ -84,23 +89,29 @@ def exactly(x: Tensor, other: Tensor | None, targets: Tensor, what: str) -> Tens
     return x
 
 
+@pytest.mark.parametrize("with_sums", [False, True])
 @pytest.mark.parametrize("is_gradient", [False, True])
 @pytest.mark.parametrize("what", ["itself", "gelu", "gelu_gradient", "softmax_gradient"])
 @pytest.mark.parametrize(("rows", "columns"), SIZES)
-def test_a_cast(what: str, is_gradient: bool, rows: int, columns: int) -> None:
+def test_a_cast(what: str, is_gradient: bool, with_sums: bool, rows: int, columns: int) -> None:
     x = (3 * random(rows, columns)).bfloat16()
     other = other_of(what, x)
     targets = some_targets(rows, columns)
     expected = exactly(x, other, targets, what)
     torch.testing.assert_close(values_of(x, other, targets, what).double(), expected, rtol=1e-5, atol=1e-5)
-    row_major, column_major, sums, amax = cast_by_kernel(x, other, 64.0, what, is_gradient)
-    half_a_step = 2.0**-3 if is_gradient else 2.0**-4
-    largest = 57344 if is_gradient else 448
-    scaled = (64 * expected).clamp(-largest, largest)
-    torch.testing.assert_close(row_major.double(), scaled, rtol=1.01 * half_a_step, atol=2.0**-9)
+    row_major, column_major, sums, amax = cast_by_kernel(x, other, 64.0, what, is_gradient, with_sums)
+    numbers = torch.finfo(E5M2 if is_gradient else E4M3)
+    scaled = (64 * expected).clamp(-numbers.max, numbers.max)
+    half_a_step = 1.01 * numbers.eps / 2
+    torch.testing.assert_close(row_major.double(), scaled, rtol=half_a_step, atol=half_a_step * numbers.smallest_normal)
+    if what == "itself":
+        assert torch.equal(row_major, scaled.float().to(E5M2 if is_gradient else E4M3).float())
     assert torch.equal(column_major[:, :rows], row_major.T)
     assert not column_major[:, rows:].any()
-    torch.testing.assert_close(sums.double(), expected.sum(0), rtol=1e-5, atol=1e-4)
+    if with_sums:
+        torch.testing.assert_close(sums.double(), expected.sum(0), rtol=1e-5, atol=1e-4)
+    else:
+        assert sums.shape == (0,)
     if what != "softmax_gradient":  # whose bound is known
         torch.testing.assert_close(amax[0].double(), expected.abs().amax().clamp(min=0.5), rtol=1e-5, atol=0)
 
@@ -131,26 +142,56 @@ def test_what_is_not_finite_becomes_nan_and_the_rest_is_cut() -> None:
         assert row_major[0, 3:].tolist() == [largest, -largest, 16.0, 0.0, 0.0]
 
 
-def test_sums_that_nobody_wants_are_not_made() -> None:
-    x, factor, amax = random(16, 16), torch.ones(1, device=DEVICE), torch.zeros(1, device=DEVICE)
-    layouts = torch.empty_like(x, dtype=E4M3), torch.empty_like(x, dtype=E4M3)
-    assert kernels.cast(x, None, None, factor, amax, *layouts, "itself", False).shape == (0,)
+def test_what_lies_transposed_in_memory_is_read_as_it_is() -> None:
+    x, other = random(32, 64).T, (2 * random(64, 32)).T
+    of_transposed, of_rows = (
+        cast(
+            *pair, None, torch.ones(1, device=DEVICE), torch.zeros(1, device=DEVICE), "gelu_gradient", True, True, False
+        )
+        for pair in ((x, other.T), (x.contiguous(), other.T.contiguous()))
+    )
+    assert all(torch.equal(*pair) for pair in zip(of_transposed, of_rows, strict=True))
+
+
+def test_kernels_that_a_compiler_spoilt_are_found_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = torch.device(DEVICE)
+    check_kernels(here)
+    right = kernels.cast
+
+    def wrong(*arguments: Any, spoilt: str) -> Tensor:
+        sums, (amax, row_major, column_major, what) = right(*arguments), arguments[4:8]
+        if spoilt == what:
+            column_major.view(torch.uint8)[5, 3] ^= 1
+        if spoilt == "amax" and what == "gelu":
+            amax *= 1.01
+        if spoilt == "both layouts" and what == "itself":  # alike, and wrong
+            for place, layout in (((7, 9), row_major), ((9, 7), column_major)):
+                layout.view(torch.uint8)[place] ^= 1
+        if spoilt == "sums":
+            sums *= 1.01
+        return sums
+
+    for spoilt in ("itself", "gelu", "gelu_gradient", "softmax_gradient", "amax", "both layouts", "sums"):
+        monkeypatch.setattr(kernels, "cast", partial(wrong, spoilt=spoilt))
+        with pytest.raises(RuntimeError, match="Triton compiles a kernel wrongly"):
+            check_kernels(here)
 
 
 has_fp8 = DEVICE == "cuda" and torch.cuda.get_device_capability() >= CAPABILITY
 
 
 @pytest.mark.skipif(not has_fp8, reason="needs a GPU with FP8: the rounding of the hardware is what is tested")
+@pytest.mark.parametrize("with_sums", [False, True])
 @pytest.mark.parametrize("what", ["itself", "gelu", "gelu_gradient", "softmax_gradient"])
 @pytest.mark.parametrize("is_gradient", [False, True])
 @pytest.mark.parametrize(("rows", "columns"), [*SIZES, (2048, 768)])
-def test_a_gpu_rounds_as_pytorch_does(rows: int, columns: int, is_gradient: bool, what: str) -> None:
+def test_a_gpu_rounds_as_pytorch_does(rows: int, columns: int, is_gradient: bool, what: str, with_sums: bool) -> None:
     x = (20 * random(rows, columns)).bfloat16()
     other, targets = other_of(what, x), some_targets(rows, columns)
     factor = torch.full((1,), 16.0, device=DEVICE)
     amax = [torch.zeros(1, device=DEVICE) for _ in range(2)]
     mine, reference = (
-        cast(x, other, targets, factor, largest, what, is_gradient, True, emulate)
+        cast(x, other, targets, factor, largest, what, is_gradient, with_sums, emulate)
         for largest, emulate in zip(amax, (False, True), strict=True)
     )
     assert mine[0].dtype == (E5M2 if is_gradient else E4M3)
