@@ -37,3 +37,9 @@ def test_hellaswag_beside_one_example_at_a_time() -> None:
 def test_what_watching_costs() -> None:
     out = run("monitoring", "--tiny", "--steps", "2")
     assert len(re.findall(r"^ *-?[\d.]+%  (?:each step|\d+ ms of|together)", out, re.MULTILINE)) == 4, out
+
+
+def test_the_kernels_of_fp8() -> None:
+    rounding, products = run("fp8_kernels", "--size", "tiny").split("\n\n")
+    rates = [line.split()[-1] for part in (rounding, products) for line in part.strip().splitlines()[1:]]
+    assert len(rates) == 7 + 15 and all(float(rate) >= 0 for rate in rates)
