@@ -66,7 +66,7 @@ def cast(
     emulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """cast_into new memory: row-major, column-major and the sums."""
-    row_major, column_major, _ = _empty(x, is_gradient)
+    row_major, column_major = _layouts(x, is_gradient)
     sums = cast_into(row_major, column_major, x, other, targets, factor, amax, what, with_sums, emulate)
     return row_major, column_major, sums
 
@@ -83,8 +83,8 @@ def cast_into(
     with_sums: bool,
     emulate: bool,
 ) -> Tensor:
-    """x (M, N) made into `what`, times factor (1,), in e4m3 or, for a gradient, e5m2: row-major (M, N), and transposed,
-    (N, M padded with zeros to a multiple of 16). Returns the fp32 sums of the columns (N,), none without `with_sums`.
+    """Fills both layouts, of e4m3 or, for a gradient, e5m2, with x (M, N) made into `what`, times factor (1,): row-major
+    (M, N), N a multiple of 4, and transposed, (N, M padded with zeros to a multiple of 16). Returns the fp32 sums of the columns (N,), none without `with_sums`.
 
     Raises amax (1,) to the largest magnitude, but for softmax_gradient, whose bound is known. `emulate` uses nothing but PyTorch's operations.
     """
@@ -113,18 +113,17 @@ def _(
     with_sums: bool,
     emulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    row_major, column_major, sums = _empty(x, is_gradient)
-    return row_major, column_major, sums if with_sums else sums.new_empty(0)
+    sums = torch.empty(x.shape[1] if with_sums else 0, dtype=torch.float32, device=x.device)
+    return *_layouts(x, is_gradient), sums
 
 
-def _empty(x: Tensor, is_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _layouts(x: Tensor, is_gradient: bool) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     dtype = E5M2 if is_gradient else E4M3
     padded = -(-rows // MULTIPLE) * MULTIPLE
     return (
         torch.empty(rows, columns, dtype=dtype, device=x.device),
         torch.empty(columns, padded, dtype=dtype, device=x.device),
-        torch.empty(columns, dtype=torch.float32, device=x.device),
     )
 
 
