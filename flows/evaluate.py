@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from prefect import flow
+from pydantic import Field
 
-from gpt2core.config import RunName
+from gpt2core.config import RecoveryConfig, RunName
 from gpt2core.credentials import LocalFolder, PathOrUrl
 from gpt2core.lock import IfBusy
 from gpt2core.records import Stage
@@ -24,6 +25,7 @@ def evaluate(
     force: bool = False,
     if_there: bool = False,
     if_gpu_busy: IfBusy = "wait",
+    hang_timeout_s: Annotated[float, Field(ge=0)] = RecoveryConfig().start_timeout_s,
 ) -> Stage:
     """Measures a checkpoint: validation loss and HellaSwag.
 
@@ -39,6 +41,8 @@ def evaluate(
         if_there: Do nothing, and call that well done, when there is no such checkpoint yet; for a schedule.
         if_gpu_busy: What to do while a training or another evaluation has each GPU: wait for one, compute on the CPU,
             or refuse. An evaluation never shares a GPU.
+        hang_timeout_s: Longest time in seconds without progress, which is a batch or the wait for a GPU, before it counts
+            as hung and is killed to be tried again; 0 for never.
     """
     if if_there and not is_there(artifacts_dir, run_name, checkpoint):
         return Stage(stage=f"evaluate {checkpoint}", duration_s=0.0, note="there is no such checkpoint yet")
@@ -51,4 +55,5 @@ def evaluate(
         device=device,
         force=force,
         if_gpu_busy=if_gpu_busy,
+        hang_timeout_s=hang_timeout_s,
     )

@@ -61,7 +61,11 @@ def pretrain(
         for epoch in range(1, train.num_epochs + 1):
             stages.append(train_epoch(config, launch, epoch, recovery))
             for name in candidates(artifacts_dir, run_name, epoch):
-                stages.append(evaluate_checkpoint(artifacts_dir, run_name, name, device=train.device))
+                stages.append(
+                    evaluate_checkpoint(
+                        artifacts_dir, run_name, name, device=train.device, hang_timeout_s=recovery.start_timeout_s
+                    )
+                )
             stages.append(promote_best(artifacts_dir, run_name, promotion))
         write_report(artifacts_dir, run_name, stages)
     return stages

@@ -392,8 +392,8 @@ class RecoveryConfig(Settings):
     start_timeout_s: float = Field(
         1800.0,
         ge=0,
-        description="The same, in seconds, until the first step is done: while data is fetched and the model compiled; "
-        "0 for never.",
+        description="The same, in seconds, until the first step is done, while data is fetched and the model compiled, and "
+        "for an evaluation of its own; 0 for never.",
     )
 
 

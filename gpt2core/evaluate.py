@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from gpt2core import gpus
+from gpt2core import gpus, heartbeat
 from gpt2core.board import write_evaluations
 from gpt2core.config import EvalConfig, RunConfig
 from gpt2core.distributed import Ranks
@@ -30,6 +30,7 @@ from gpt2core.run_checkpoint import NamedCheckpoint, load_named
 from gpt2core.run_folder import RunFolder
 from gpt2core.shards import cache_of, open_shards
 from gpt2core.storage import read_text, write_text
+from gpt2core.watchdog import show_stacks_when_asked
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--val_tokens", type=int, help="tokens of the validation shard, if not the run's own number")
     gpus.add_arguments(parser, if_busy="wait")
     parser.add_argument("--force", action="store_true", help="measure again what was measured before")
+    parser.add_argument("--heartbeat", metavar="FILE", type=Path, help="touch it at every progress, for a watchdog")
     parser.add_argument("--result", metavar="FILE", type=Path, help="write the result here, too, as JSON")
 
 
@@ -235,9 +237,13 @@ def describe(result: Evaluation) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m gpt2core.evaluate", description="Measure a checkpoint.")
     add_arguments(parser)
-    die_with_parent()
-    result = evaluate(parser.parse_args(argv))
-    if os.environ.get("RANK", "0") == "0":
+    arguments = parser.parse_args(argv)
+    parent, is_main = die_with_parent(), os.environ.get("RANK", "0") == "0"
+    show_stacks_when_asked()
+    if arguments.heartbeat and is_main and (own := heartbeat.Rank.own(parent)):
+        heartbeat.begin(arguments.heartbeat, [own])
+    result = evaluate(arguments)
+    if is_main:
         print(describe(result))
 
 

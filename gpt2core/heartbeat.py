@@ -1,4 +1,5 @@
-"""The trainer's sign of life: heartbeat.json in the run's folder says who trains, and is touched at every progress.
+"""A sign of life: heartbeat.json in the run's folder says who trains, and is touched at every progress. An evaluation that
+is asked for one has its own.
 
 A micro-step, a batch of an evaluation, a checkpoint being written are progress. The watchdog of whoever started the
 trainer looks at it from outside; a later attempt finds in it what an earlier one left behind.
@@ -30,6 +31,12 @@ class Rank(Record):
 
     process: Process
     parent: Process | None
+
+    @classmethod
+    def own(cls, parent: int | None) -> Rank | None:
+        """This process; None where there is no /proc."""
+        process = Process.of(os.getpid())
+        return cls(process=process, parent=Process.of(parent) if parent else None) if process else None
 
 
 class Trainer(Record):

@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Literal
 
+from gpt2core import heartbeat
 from gpt2core.launch import tell
 
 LOCK_FILE = ".lock"  # in a run's folder: of its trainer
@@ -93,6 +94,7 @@ def hold_first(
                 raise BlockingIOError("; ".join(refusals))
             if told != (told := "; ".join(refusals)):
                 on_wait(told)
+            heartbeat.beat()  # to wait is no hang
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
 

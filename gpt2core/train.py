@@ -6,7 +6,6 @@ torchrun --standalone --nproc_per_node=4 -m gpt2core.train --run_name NAME --res
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -28,15 +27,13 @@ from gpt2core.launch import GRACE_S, die_with_parent, tell
 from gpt2core.log_line import ENDED_BY
 from gpt2core.metrics import MetricsLog
 from gpt2core.preflight import preflight
-from gpt2core.processes import Process, own_age_s
+from gpt2core.processes import own_age_s
 from gpt2core.run_checkpoint import load_at
 from gpt2core.run_folder import RunFolder
 from gpt2core.storage import exists, first_line
 from gpt2core.train_command import add_arguments, list_checkpoints, refuse_silent_overwrite
 from gpt2core.trainer import Trainer, optimizer_of
-from gpt2core.watchdog import STACKS_SIGNAL, end_orphans
-
-STDERR = 2  # the descriptor: a test may have put something else in the place of sys.stderr
+from gpt2core.watchdog import end_orphans, show_stacks_when_asked
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -68,7 +65,7 @@ def train(
     loaded_after_s = own_age_s()
     stop = StopRequest()
     parent = die_with_parent()
-    faulthandler.register(STACKS_SIGNAL, file=STDERR)
+    show_stacks_when_asked()
     refuse_silent_overwrite(config, resume)
     if stop_epoch is not None and stop_epoch < 1:
         raise ValueError(f"--stop_epoch {stop_epoch}: epochs are counted from 1")
@@ -87,10 +84,9 @@ def train(
 
 
 def _begin_heartbeat(folder: RunFolder, ranks: Ranks, parent: int | None) -> None:
-    own = Process.of(os.getpid())
-    if own is None:  # no /proc
+    rank = heartbeat.Rank.own(parent)
+    if rank is None:
         return
-    rank = heartbeat.Rank(process=own, parent=parent and Process.of(parent))
     everyone = ranks.gather(rank.model_dump())
     ranks.on_main(lambda: heartbeat.begin(folder.heartbeat_file, [heartbeat.Rank(**one) for one in everyone]))
 

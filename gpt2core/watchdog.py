@@ -1,7 +1,8 @@
-"""Ends a trainer that makes no progress any more: a rank that hangs makes all others wait for it, for ever."""
+"""Ends a process that makes no progress any more: a rank that hangs makes all others wait for it, for ever."""
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -17,6 +18,12 @@ from gpt2core.processes import Process, descendants, kill
 STACKS_SIGNAL = signal.SIGUSR1  # on which a rank writes the stacks of its threads to stderr, also when it hangs in C
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_WRITE_STACKS = 1.0
+STDERR = 2  # the descriptor: a test may have put something else in the place of sys.stderr
+
+
+def show_stacks_when_asked() -> None:
+    """To be called by what a watchdog looks at."""
+    faulthandler.register(STACKS_SIGNAL, file=STDERR)
 
 
 def end_orphans(parent: int, heartbeat_file: Path, grace_s: float) -> None:
@@ -39,7 +46,7 @@ def end_orphans(parent: int, heartbeat_file: Path, grace_s: float) -> None:
 
 
 class Watchdog:
-    """Looks at a trainer's heartbeat and output from outside; `hung` says afterwards why it was killed, if it was."""
+    """Looks at a process's heartbeat and output from outside; `hung` says afterwards why it was killed, if it was."""
 
     def __init__(self, heartbeat_file: Path, limit_s: float, start_limit_s: float) -> None:
         """`limit_s` bounds the time without progress, `start_limit_s` that before the first step is done."""

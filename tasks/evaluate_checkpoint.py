@@ -13,9 +13,11 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from gpt2core.checkpoint_folder import BEST, CheckpointFolder, epoch_name
+from gpt2core.config import RecoveryConfig
 from gpt2core.lock import IfBusy
 from gpt2core.records import Evaluation, Stage
 from gpt2core.run_folder import RunFolder
+from gpt2core.watchdog import Watchdog
 from tasks.artifacts import LAST_UPDATE_S, artifact_key, beside
 from tasks.stage_process import run_stage, worth_a_retry
 from tasks.waiting import QueueShown
@@ -52,9 +54,10 @@ def evaluate_checkpoint(
     device: str = "auto",
     force: bool = False,
     if_gpu_busy: IfBusy = "wait",
+    hang_timeout_s: float = RecoveryConfig().start_timeout_s,
 ) -> Stage:
     """Measures a checkpoint: the run's by name (latest, best, epoch_00003), or one at a path or URL; a stored result is used
-    unless `force`."""
+    unless `force`. Without progress for so many seconds the process is killed, which is worth a retry."""
     started, began = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     where = ["--artifacts_dir", artifacts_dir, "--run_name", run_name, "--checkpoint", checkpoint]
     settings = {"--device": device, "--hellaswag": hellaswag, "--hellaswag_convention": hellaswag_convention}
@@ -62,8 +65,11 @@ def evaluate_checkpoint(
     asked = [word for flag, value in settings.items() if value for word in (flag, value)]
     with TemporaryDirectory() as scratch:
         result_file = Path(scratch) / "result.json"
-        arguments = [*where, *asked, *["--force"] * force, "--result", str(result_file)]
-        run_stage("gpt2core.evaluate", arguments, look=QueueShown().look)
+        heartbeat_file = Path(scratch) / "heartbeat.json"
+        files = ["--result", str(result_file), "--heartbeat", str(heartbeat_file)]
+        watchdog = Watchdog(heartbeat_file, hang_timeout_s, hang_timeout_s)
+        arguments = [*where, *asked, *["--force"] * force, *files]
+        run_stage("gpt2core.evaluate", arguments, look=QueueShown().look, watchdog=watchdog)
         result = Evaluation.model_validate_json(result_file.read_text(encoding="utf-8"))
     beside(lambda: show_evaluation(run_name, result)).join(LAST_UPDATE_S)
     score = result.hellaswag

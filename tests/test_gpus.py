@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from uuid import uuid4
 
 import pytest
 import torch
+from conftest import wait_until
 
-from gpt2core import lock
+from gpt2core import heartbeat, lock
 from gpt2core.cuda_driver import visible_gpus
 from gpt2core.flags import TRY_AGAIN
 
@@ -105,6 +107,23 @@ def test_an_evaluation_that_shall_not_wait_is_refused_or_goes_to_the_cpu(gpus: l
         assert refused.process.returncode == TRY_AGAIN
         assert error.count("\n") == 1 and f"GPU {gpus[0]} is in use by process " in error
     assert start("best", gpus[:1], "refuse").line() == "on 0"
+
+
+def test_who_waits_for_a_gpu_gives_a_sign_of_life(
+    gpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "_file", None)  # as it was, when the test is over
+    holder, file = Evaluation("another", gpus), tmp_path / "heartbeat.json"
+    assert holder.line() == "on 0"
+    own = heartbeat.Rank.own(None)
+    assert own
+    heartbeat.begin(file, [own])
+    began = file.stat().st_mtime_ns
+    with ExitStack() as held, ThreadPoolExecutor() as pool:
+        waits = pool.submit(lock.take_gpu, gpus[:1], "wait", held, "a test")
+        wait_until(lambda: file.stat().st_mtime_ns > began, "a heartbeat")
+        holder.end()
+        assert waits.result() == 0
 
 
 DRIVER = """

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
-from orchestration import DEADLINE_S, Orchestration
+from orchestration import DEADLINE_S, ROOT, Orchestration
 from prefect import flow
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 from prefect.runtime import flow_run
@@ -18,10 +22,13 @@ from flows.join_training import join_training
 from gpt2core import attempts
 from gpt2core.config import LaunchConfig, RunConfig
 from gpt2core.lock import WAITING
+from gpt2core.processes import descendants
 from gpt2core.run_folder import RunFolder
 from tasks.waiting import QueueShown, refuse_when_left, wait_for_start
 
 pytestmark = pytest.mark.slow  # there is a server behind it
+
+HANG_S = 20  # longer than a busy machine takes to load torch
 
 
 def states(orchestration: Orchestration, name: str) -> list[tuple[str, str]]:
@@ -88,6 +95,33 @@ def test_a_run_whose_leading_flow_gave_up_is_left(orchestration: Orchestration, 
     with orchestration.client(), pytest.raises(ValueError, match=re.escape(said)) as refusal:
         join_training("tiny", str(tmp_path), LaunchConfig(nnodes=2, rdzv_endpoint="node0:29500"), wait_s=0)
     assert "failed, python -m gpt2core.train ended with 1): start it again, and join" in str(refusal.value)
+
+
+def test_an_evaluation_that_hangs_is_killed_and_tried_again(
+    orchestration: Orchestration, lab: Any, first_epoch: Path, tmp_path: Path
+) -> None:
+    lab.copy_run(first_epoch, tmp_path)
+    settings = {"run_name": "tiny", "artifacts_dir": str(tmp_path), "checkpoint": "epoch_00001", "device": "cpu"}
+    code = f"from flows.evaluate import evaluate; evaluate(**{settings}, hang_timeout_s={HANG_S})"
+    environment = lab.environment() | orchestration.environment
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as flow_process:
+
+        def evaluation() -> int | None:
+            """Its process, once its heart has begun to beat."""
+            for child in descendants(flow_process.pid):
+                words = Path(f"/proc/{child.pid}/cmdline").read_text().split("\0")
+                if "gpt2core.evaluate" in words and Path(words[words.index("--heartbeat") + 1]).exists():
+                    return child.pid
+            return None
+
+        os.kill(lab.wait_until(evaluation, "the evaluation to begin"), signal.SIGSTOP)
+        output, _ = flow_process.communicate(timeout=lab.deadline_s)
+    assert flow_process.returncode == 0, output
+    assert output.count(f"watchdog: no progress for {HANG_S} s") == 1
+    assert "epoch_00001 (step 12): val_loss" in output
 
 
 def test_a_stage_whose_process_waits_for_a_gpu_is_queued(orchestration: Orchestration) -> None:
