@@ -98,8 +98,9 @@ class ShardCache:
             self._ahead.pop(file.name)
 
         # a daemon, so that the end of the process need not wait for it; the next download sweeps up what it leaves
-        self._ahead[file.name] = thread = Thread(target=fetch, name="fetch_ahead", daemon=True)
-        thread.start()
+        thread = Thread(target=fetch, name="fetch_ahead", daemon=True)
+        if self._ahead.setdefault(file.name, thread) is thread:  # two may ask at once
+            thread.start()
 
     def fetch(self, file: RemoteFile) -> None:
         """Downloads a file, unless a copy is there; who asks meanwhile waits for that one download.

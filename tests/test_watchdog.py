@@ -67,7 +67,7 @@ def test_a_stopped_rank_is_noticed_killed_and_the_run_resumes_to_the_same_bits(
     assert code != 0
     assert watchdog.hung and watchdog.hung.startswith("no progress for 1 s")
     assert re.search(r'File ".*trainer\.py", line \d+ in (train_step|fit)', output), output  # of rank 0, which could
-    assert not any(process.is_alive() for process in processes)
+    lab.wait_until(lambda: not any(process.is_alive() for process in processes), "the killed ranks to be gone")
     assert max(lab.logged(run, "loss")) < lab.max_steps
     watchdog = Watchdog(run / "heartbeat.json", limit_s=0, start_limit_s=0)
     assert train(flags, 2, watchdog)[0] == 0
