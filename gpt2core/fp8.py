@@ -167,11 +167,11 @@ class FP8:
         self.mode = usual
         self.scaling.calibrated()
 
-    def read_saturated(self) -> int:
-        """How often a tensor outgrew its factor, so that its largest numbers were cut, since this was last asked."""
-        if self.scaling is None:
-            return 0
-        count = int(self.scaling.saturated.item())
+    def take_saturated(self) -> Tensor:
+        """How often a tensor outgrew its factor, so that its largest numbers were cut, since this was last asked; still on
+        the device. Only where there is `scaling`."""
+        assert self.scaling is not None
+        count = self.scaling.saturated.clone()
         self.scaling.saturated.zero_()
         return count
 

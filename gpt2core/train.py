@@ -145,7 +145,11 @@ def _train(
         _fit(trainer, stop_step, stop, log, saver)
     if log:
         if trainer.step == trainer.max_steps and trainer.step > begun_at:
-            results = {"loss": trainer.train_loss, "val_loss": trainer.val_loss, "best_val_loss": trainer.best_val_loss}
+            results = {
+                "loss": trainer.step_log.train_loss,
+                "val_loss": trainer.val_loss,
+                "best_val_loss": trainer.best_val_loss,
+            }
             log.finish(trainer.step, {name: value for name, value in results.items() if value is not None})
         log.say(f"at step {trainer.step} of {trainer.max_steps}")
         log.close()

@@ -6,8 +6,6 @@ import contextlib
 import math
 import random
 import time
-from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,23 +28,12 @@ from gpt2core.kernels import pick_kernels
 from gpt2core.launch import tell
 from gpt2core.loader import Loader, Sequences
 from gpt2core.metrics import MetricsLog
-from gpt2core.mfu import peak_flops
 from gpt2core.model import GPT
 from gpt2core.optim import build_optimizer, learning_rate, set_learning_rate
 from gpt2core.shards import SPLITS, cache_of, keep_here, open_shards
+from gpt2core.step_log import StepLog, StepResult
 
-MEASUREMENTS_FOR_PACE = 500  # logged steps over which the time to go is reckoned: two rounds of evaluations by default
 SEQUENCES_TO_CALIBRATE = 4  # enough for FP8's first factors, which have room to spare, and sure to fit
-MAX_SKIPPED_IN_A_ROW = 10  # updates with a non-finite gradient before the run gives up
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer update left, still on the device: reading it is what makes the host wait."""
-
-    loss: Tensor  # mean over this rank's tokens
-    grad_norm: Tensor  # before clipping
-    lr: float
 
 
 class Trainer:
@@ -93,17 +80,12 @@ class Trainer:
             device=ranks.device,
         )
         self.hellaswag = _hellaswag_questions(config) if train.hellaswag_freq else None
-        self.peak_flops = peak_flops(ranks.device)
         self.step = 0
-        self.logged_wait_s = 0.0
-        self.paces: deque[tuple[int, float]] = deque(maxlen=MEASUREMENTS_FOR_PACE)  # (step, time) as logged
+        self.step_log = StepLog(config, ranks, self.loader, self.fp8, self.max_steps)
         self.saved_at = time.perf_counter()  # of this rank's clock
-        self.train_seconds = 0.0
-        self.train_loss: float | None = None
         self.val_loss: float | None = None
         self.best_val_loss: float | None = None
         self.skipped_in_a_row = torch.zeros((), device=ranks.device)
-        self.skipped = 0  # the same number, as last read off the device
 
     def describe_batch(self) -> str:
         asked = self.config.train.mini_batch_size
@@ -123,8 +105,8 @@ class Trainer:
         train = self.config.train
         if self.step == 0:
             self.validate(log)
-        since = self.saved_at = self.now()
-        logged_at = self.step
+        self.saved_at = self.now()
+        self.step_log.begin(self.step)
         stopped = overdue = False
         while self.step < stop_step and not stopped:
             result = self.train_step()
@@ -133,10 +115,13 @@ class Trainer:
             at_end_of_epoch = self.step % self.steps_per_epoch == 0
             stopped, is_save_due = self.ranks.any(stop.signal is not None, self.is_save_due())
             last = stopped or self.step == stop_step
+            overdue = overdue or is_save_due
             if self.is_due(train.log_freq) or at_end_of_epoch or last:
-                self.log_step(result, log, self.now() - since, self.step - logged_at)
-                since, logged_at = self.now(), self.step
-            aside = self.now() if self.is_more_due(is_save_due or last or at_end_of_epoch) else time.perf_counter()
+                self.step_log.add(self.step, result, log)
+            if not (self.is_evaluation_due() or overdue or at_end_of_epoch or last):
+                continue
+            self.step_log.catch_up(log)
+            aside = self.now()
             best = (self.is_due(train.eval_freq) or at_end_of_epoch) and self.validate(log) and train.keep_best
             if self.is_due(train.hellaswag_freq):
                 self.evaluate_hellaswag(log)
@@ -144,14 +129,13 @@ class Trainer:
                 log.samples(self.step, samples(self.raw_model))
             if log and self.is_due(train.histogram_freq):
                 log.histograms(self.step, self.raw_model)
-            overdue = overdue or is_save_due
             # while updates are left out nothing changes, so that a save can wait; what has a name of its own cannot
-            if last or at_end_of_epoch or best or (overdue and not self.skipped):
+            if last or at_end_of_epoch or best or (overdue and not self.step_log.skipped):
                 overdue = False
                 if log:
                     log.flush()
                 self.save(saver, at_end_of_epoch=at_end_of_epoch, best=best)
-            since += time.perf_counter() - aside  # what is done beside training is not the training step's time
+            self.step_log.leave_out(time.perf_counter() - aside)
         self.finish_saving(saver)
         if log and stop.signal and stopped:
             log.say(f"{stop.signal.name}: saved at step {self.step}; go on with --resume latest")
@@ -168,11 +152,11 @@ class Trainer:
             torch.cuda.synchronize(self.ranks.device)
         return time.perf_counter()
 
-    def is_more_due(self, is_known: bool) -> bool:
-        """Whether this step has more to it than training."""
+    def is_evaluation_due(self) -> bool:
+        """Whether anything is to be measured or drawn after this step that costs time of its own."""
         train = self.config.train
         frequencies = (train.eval_freq, train.hellaswag_freq, train.sample_freq, train.histogram_freq)
-        return is_known or any(self.is_due(frequency) for frequency in frequencies)
+        return any(self.is_due(frequency) for frequency in frequencies)
 
     def is_due(self, frequency: int) -> bool:
         return frequency > 0 and self.step % frequency == 0
@@ -195,7 +179,7 @@ class Trainer:
             heartbeat.beat()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), train.grad_clip)
         self._update(grad_norm)
-        return StepResult(loss, grad_norm, lr)
+        return StepResult(loss, grad_norm, self.skipped_in_a_row, lr)
 
     def _update(self, grad_norm: Tensor) -> None:
         """Applies the gradients, unless one is not finite. The decision is taken on the device, so the host need not wait."""
@@ -212,47 +196,6 @@ class Trainer:
         fp8.calibrate(lambda: share * self.raw_model(inputs[some], targets[some]), list(self.raw_model.parameters()))
 
     # --- measuring ---
-
-    def log_step(self, result: StepResult, log: MetricsLog | None, seconds: float, steps: int) -> None:
-        """Reads the step's numbers off the device and logs them; `steps` steps took `seconds`."""
-        loss = self.ranks.sum(result.loss.clone()).item() / self.ranks.world_size
-        self.skipped = skipped = int(self.skipped_in_a_row.item())
-        self.train_seconds += seconds
-        self.train_loss = loss
-        if log:
-            values = {
-                "loss": loss,
-                "lr": result.lr,
-                "grad_norm": result.grad_norm.item(),
-                "tokens_per_sec": steps * self.config.train.total_batch_size / seconds,
-                "step_ms": 1000 * seconds / steps,
-                "data_wait_ms": 1000 * (self.loader.wait_s - self.logged_wait_s) / steps,
-                **self.progress(),
-            }
-            if self.fp8 and self.fp8.scaling:
-                values["fp8_saturated"] = self.fp8.read_saturated()
-            if self.ranks.device.type == "cuda":
-                values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            if self.peak_flops:
-                flops = values["tokens_per_sec"] * self.config.model.flops_per_token()
-                values["mfu"] = flops / (self.peak_flops * self.ranks.world_size)
-            log.numbers(self.step, **values)
-            self.logged_wait_s = self.loader.wait_s
-            if skipped:
-                log.say(f"step={self.step} WARNING: gradients are not finite, {skipped} update(s) in a row left out")
-        if skipped >= MAX_SKIPPED_IN_A_ROW:
-            raise FloatingPointError(
-                f"step {self.step}: {skipped} updates in a row had gradients that are not finite, and none was applied; "
-                f"what was saved before is good: resume it, or start afresh where there is nothing yet, with a lower --max_lr"
-            )
-
-    def progress(self) -> dict[str, float]:
-        """How many steps the run has, and the seconds to its end at the pace of late, evaluations and all."""
-        self.paces.append((self.step, time.perf_counter()))
-        (first, began), (last, now) = self.paces[0], self.paces[-1]
-        if first == last:
-            return {"max_steps": self.max_steps}
-        return {"max_steps": self.max_steps, "eta_s": (self.max_steps - last) * (now - began) / (last - first)}
 
     def validate(self, log: MetricsLog | None) -> bool:
         """Measures the validation loss; True when it is the run's best so far."""
@@ -317,8 +260,8 @@ class Trainer:
             "epoch": self.step // self.steps_per_epoch,
             "steps_per_epoch": self.steps_per_epoch,
             "tokens_seen": self.step * self.config.train.total_batch_size,
-            "train_seconds": self.train_seconds,
-            "train_loss": self.train_loss,
+            "train_seconds": self.step_log.train_seconds,
+            "train_loss": self.step_log.train_loss,
             "val_loss": self.val_loss,
             "best_val_loss": self.best_val_loss,
             "config": self.config.model_dump(mode="json"),
@@ -362,9 +305,8 @@ class Trainer:
         if self.fp8:
             self.fp8.load_state_dict(state.get("fp8", {}))
         self.step = state["step"]
-        self.train_seconds = state["train_seconds"]
-        self.train_loss, self.val_loss = state["train_loss"], state["val_loss"]
-        self.best_val_loss = state["best_val_loss"]
+        self.step_log.train_seconds, self.step_log.train_loss = state["train_seconds"], state["train_loss"]
+        self.val_loss, self.best_val_loss = state["val_loss"], state["best_val_loss"]
         if self.ranks.rank < len(state["rng"]):  # a rank that was not there before keeps the seeds it started with
             set_rng_state(state["rng"][self.ranks.rank], self.ranks.device)
 

@@ -49,23 +49,23 @@ def _loss_kernel(
         larger = tl.maximum(maximum, tl.max(z, 0))
         total = total * tl.exp(maximum - larger) + tl.sum(tl.exp(z - larger), 0)
         maximum = larger
+    log_sum = tl.log(total) + maximum
     target = tl.load(targets + row)
     of_target = tl.load(logits + target).to(tl.float32)
-    tl.store(losses + row, tl.log(total) + maximum - of_target)
-    tl.store(log_sums + row, tl.log(total) + maximum)
+    tl.store(losses + row, log_sum - of_target)
+    tl.store(log_sums + row, log_sum)
     if with_gradient:
         tl.debug_barrier()  # the target's logit is read before it is overwritten
-        for start in range(0, num_columns, block):
-            is_there = start + columns < num_columns
-            z = tl.load(logits + start + columns, mask=is_there, other=float("-inf"), eviction_policy="evict_first").to(
+        last = (num_columns - 1) // block * block
+        for before in range(0, num_columns, block):  # from the end, which was read last and is in the cache most likely
+            places = last - before + columns
+            is_there = places < num_columns
+            z = tl.load(logits + places, mask=is_there, other=float("-inf"), eviction_policy="evict_first").to(
                 tl.float32
             )
-            gradient = tl.exp(z - maximum) * (scale / total) - tl.where(start + columns == target, scale, 0.0)
+            gradient = tl.exp(z - log_sum) * scale - tl.where(places == target, scale, 0.0)
             tl.store(
-                logits + start + columns,
-                gradient.to(logits.dtype.element_ty),
-                mask=is_there,
-                eviction_policy="evict_first",
+                logits + places, gradient.to(logits.dtype.element_ty), mask=is_there, eviction_policy="evict_first"
             )
 
 

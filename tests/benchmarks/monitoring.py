@@ -3,8 +3,8 @@
     python tests/benchmarks/monitoring.py [--mini_batch_size 64]            GPT-2 124M at the default frequencies
     python tests/benchmarks/monitoring.py --tiny --device cpu               seconds, to see that it runs
 
-One trainer makes both kinds of steps, turn by turn, so that heat and neighbours meet both. `without` reads the loss off the
-device and logs nothing. What is due every so many steps (a sample, the histograms) is timed apart, and counts with its
+One trainer makes both kinds of steps, some of each in turn, so that heat and neighbours meet both. `without` logs nothing,
+and reads nothing off the device until all are done. What is due every so many steps (a sample, the histograms) is timed apart, and counts with its
 share of a step. Validation, HellaSwag and checkpoints are no watching: they are not measured here.
 """
 
@@ -43,15 +43,13 @@ class Watched:
         self.log.say = lambda message: _print_to_nowhere(self.log.note(message))  # type: ignore[method-assign,assignment]
 
     def without(self) -> None:
-        result = self.trainer.train_step()
+        self.trainer.train_step()
         self.trainer.step += 1
-        result.loss.item()
 
     def watched(self) -> None:
-        started = time.perf_counter()
         result = self.trainer.train_step()
         self.trainer.step += 1
-        self.trainer.log_step(result, self.log, self.trainer.now() - started, 1)
+        self.trainer.step_log.add(self.trainer.step, result, self.log)
 
     def sample(self) -> None:
         self.log.samples(self.trainer.step, samples(self.trainer.raw_model))
@@ -59,11 +57,14 @@ class Watched:
     def histograms(self) -> None:
         self.log.histograms(self.trainer.step, self.trainer.raw_model)
 
-    def seconds(self, do: Callable[[], None]) -> float:
+    def seconds(self, do: Callable[[], None], times: int = 1) -> float:
+        """Of one, on average, all that the device has to do for it included."""
         self.trainer.now()
         started = time.perf_counter()
-        do()
-        return self.trainer.now() - started
+        for _ in range(times):
+            do()
+        self.trainer.step_log.catch_up(self.log)
+        return (self.trainer.now() - started) / times
 
 
 def _print_to_nowhere(line: str) -> None:
@@ -111,13 +112,13 @@ def measure(run: Watched, rounds: int, steps: int) -> None:
     run.watched()  # which compiles and makes the moments
     for turn in range(rounds):
         for name in sorted(kinds, reverse=turn % 2 == 0):
-            seconds[name] += [run.seconds(kinds[name]) for _ in range(steps)]
+            seconds[name].append(run.seconds(kinds[name], steps))
     sample = statistics.median(run.seconds(run.sample) for _ in range(3))
     histograms = statistics.median(run.seconds(run.histograms) for _ in range(3))
     train = run.trainer.config.train
     step = {name: statistics.median(values) for name, values in seconds.items()}
     shares = {
-        f"each step: logs and scalars, median of {len(seconds['watched'])} steps": step["watched"] - step["without"],
+        f"each step: logs and scalars, median of {rounds} rounds of {steps} steps": step["watched"] - step["without"],
         f"{1000 * sample:.0f} ms of samples every {train.sample_freq} steps": sample / train.sample_freq,
         f"{1000 * histograms:.0f} ms of histograms every {train.histogram_freq} steps": histograms
         / train.histogram_freq,

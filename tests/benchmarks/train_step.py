@@ -167,12 +167,10 @@ def ours(config: RunConfig, device: torch.device, precision: str | None = None) 
     log.say = lambda message: log.note(message)  # type: ignore[method-assign,assignment,return-value]  # not on the terminal
 
     def step() -> float:
-        started = time.perf_counter()
         result = trainer.train_step()
         trainer.step += 1
-        trainer.log_step(result, log, time.perf_counter() - started, 1)
-        assert trainer.train_loss is not None
-        return trainer.train_loss
+        trainer.step_log.add(trainer.step, result, log)  # which waits for the step before, as in a run
+        return trainer.step_log.train_loss or 0.0
 
     return Contender(precision or "ours", step)
 
@@ -191,7 +189,7 @@ def measure(contenders: list[Contender], device: torch.device, rounds: int, step
             before = reset_peak(device)
             for _ in range(steps):
                 started = time.perf_counter()
-                contender.loss = contender.step()  # reading the loss waits for the device
+                contender.loss = contender.step()  # reading a loss waits for the device
                 contender.seconds.append(time.perf_counter() - started)
             if device.type == "cuda":
                 contender.peak_bytes = torch.cuda.max_memory_allocated(device) - before + contender.own_bytes
@@ -210,6 +208,8 @@ GROUPS = {
 
 def profile(contender: Contender, device: torch.device) -> None:
     """Kernel time of one step, by group and for the longest kernels."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # the step before may be under way
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profiler:
         contender.step()
