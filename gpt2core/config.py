@@ -195,7 +195,8 @@ class TrainConfig(Settings):
     muon_momentum: Decay = Field(0.95, description="Muon's decay of the momentum.")
     muon_weight_decay: float = Field(0.01, ge=0, description="Muon's weight decay.")
     muon_qkv: Literal["whole", "split"] = Field(
-        "whole", description="How Muon takes the matrix of queries, keys and values: as one, or as three."
+        "split",
+        description="How Muon takes the matrix of queries, keys and values: as one, or as three (docs/results.md).",
     )
     weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay, on matrices and embeddings only.")
     beta1: Decay = Field(0.9, description="AdamW decay of the first moment.")

@@ -95,7 +95,7 @@ def test_a_configuration_cannot_be_changed():
         (TrainConfig, {"optimizer": "lion"}),
         (TrainConfig, {"lr_schedule": "linear"}),
         (TrainConfig, {"muon_lr": 0.05}),
-        (TrainConfig, {"muon_qkv": "split", "lr_schedule": "wsd"}),
+        (TrainConfig, {"muon_qkv": "whole", "lr_schedule": "wsd"}),
         (TrainConfig, {"muon_momentum": 1.0, "optimizer": "muon"}),
         (TrainConfig, {"decay_epochs": 0.5}),
         (TrainConfig, {"decay_epochs": 0.0, "lr_schedule": "wsd"}),

@@ -244,7 +244,7 @@ def two_ranks(lab: Any) -> Path:
 def test_resuming_on_two_ranks_is_bit_identical(lab: Any, two_ranks: Path, tmp_path: Path) -> None:
     resumed = lab.copy_run(two_ranks, tmp_path)
     done = lab.train([*lab.flags(tmp_path, **RUN), "--resume", "epoch_00001"], nproc=2)
-    assert "at step 4 of 8" in done.stdout and "Muon on 12 matrices" in done.stdout
+    assert "at step 4 of 8" in done.stdout and "Muon on 18 matrices" in done.stdout
     lab.assert_same_run(resumed, two_ranks, max_steps=8)
 
 

@@ -34,18 +34,18 @@ def test_the_optimizers_beside_each_other(lab: Any, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     finals = {
         name: lab.logged(tmp_path / f"{name}_seed1", "val_loss")[4]
-        for name in ("adamw_0.001", "adamw_0.003", "muon_0.02_0.003_whole")
+        for name in ("adamw_0.001", "adamw_0.003", "muon_0.02_0.003_split")
     }
     tables = (tmp_path / "optimizers.md").read_text()
     assert tables in done.stdout
     for label, loss in zip(
-        ("AdamW 0.001", "AdamW 0.003", "Muon 0.02 (AdamW 0.003, qkv whole)"), finals.values(), strict=True
+        ("AdamW 0.001", "AdamW 0.003", "Muon 0.02 (AdamW 0.003, qkv split)"), finals.values(), strict=True
     ):
         assert f"| {label} | 1 | {loss:.4f} |" in tables
-    best, muon = min(list(finals.values())[:2]), finals["muon_0.02_0.003_whole"]
+    best, muon = min(list(finals.values())[:2]), finals["muon_0.02_0.003_split"]
     assert f"| 1 | {best:.4f} | {muon:.4f} | 4 |" in tables
     reached = [
-        step for step, loss in lab.logged(tmp_path / "muon_0.02_0.003_whole_seed1", "val_loss").items() if loss <= best
+        step for step, loss in lab.logged(tmp_path / "muon_0.02_0.003_split_seed1", "val_loss").items() if loss <= best
     ]
     assert f"| 4 | {reached[0]} | {reached[0] / 4:.2f} |" in tables if reached else "| not reached |" in tables
     assert (tmp_path / "optimizers.png").stat().st_size > 10_000

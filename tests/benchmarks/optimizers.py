@@ -119,7 +119,7 @@ def main() -> int:
     Trainings.add_arguments(parser, "artifacts/optimizers", steps=600)
     parser.add_argument("--adamw_lrs", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3, 4e-3])
     parser.add_argument("--muon_lrs", type=float, nargs="+", default=[0.02])
-    parser.add_argument("--muon_qkv", nargs="+", choices=["whole", "split"], default=["whole"])
+    parser.add_argument("--muon_qkv", nargs="+", choices=["whole", "split"], default=["split"])
     parser.add_argument("--muon_max_lrs", type=float, nargs="+", default=[1e-3], help="of AdamW beside Muon")
     parser.add_argument("--min_lr_ratio", type=float, default=0.1, help="last learning rate, as a share of the highest")
     arguments, train_flags = parser.parse_known_args()
