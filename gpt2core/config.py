@@ -253,6 +253,18 @@ class TrainConfig(Settings):
     )
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto compiles on CUDA only.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _forget_an_old_default(cls, values: Any) -> Any:
+        """Runs of AdamW have muon_qkv in their files, too, and it was 'whole' before it became 'split'."""
+        if (
+            isinstance(values, dict)
+            and values.get("optimizer", "adamw") != "muon"
+            and values.get("muon_qkv") == "whole"
+        ):
+            return {name: value for name, value in values.items() if name != "muon_qkv"}
+        return values
+
     @model_validator(mode="after")
     def _learning_rates_descend(self) -> TrainConfig:
         if self.min_lr > self.max_lr:

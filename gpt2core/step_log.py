@@ -99,8 +99,9 @@ class StepLog:
         if self.fp8 and self.fp8.scaling:
             values["fp8_saturated"] = self.fp8.take_saturated()
         on_device = torch.stack([value.float() for value in values.values()])
-        numbers = torch.empty_like(on_device, device="cpu", pin_memory=self.ranks.device.type == "cuda")
-        numbers.copy_(on_device, non_blocking=True)
+        is_cuda = self.ranks.device.type == "cuda"  # elsewhere there is no Mark to say that a copy has arrived
+        numbers = torch.empty_like(on_device, device="cpu", pin_memory=is_cuda)
+        numbers.copy_(on_device, non_blocking=is_cuda)
         self._under_way = _Measurement(
             step,
             result.lr,

@@ -116,7 +116,7 @@ class Trainer:
             stopped, is_save_due = self.ranks.any(stop.signal is not None, self.is_save_due())
             last = stopped or self.step == stop_step
             overdue = overdue or is_save_due
-            if self.is_due(train.log_freq) or at_end_of_epoch or last:
+            if self.is_due(train.log_freq) or overdue or at_end_of_epoch or last:
                 self.step_log.add(self.step, result, log)
             if not (self.is_evaluation_due() or overdue or at_end_of_epoch or last):
                 continue

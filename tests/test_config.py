@@ -95,7 +95,7 @@ def test_a_configuration_cannot_be_changed():
         (TrainConfig, {"optimizer": "lion"}),
         (TrainConfig, {"lr_schedule": "linear"}),
         (TrainConfig, {"muon_lr": 0.05}),
-        (TrainConfig, {"muon_qkv": "whole", "lr_schedule": "wsd"}),
+        (TrainConfig, {"muon_momentum": 0.9, "lr_schedule": "wsd"}),
         (TrainConfig, {"muon_momentum": 1.0, "optimizer": "muon"}),
         (TrainConfig, {"decay_epochs": 0.5}),
         (TrainConfig, {"decay_epochs": 0.0, "lr_schedule": "wsd"}),
@@ -181,6 +181,12 @@ def test_every_rank_sees_its_share_or_the_numbers_advised_really_divide(
     else:
         assert steps >= 1
         assert steps * mini_batch_size * world_size * context_length == config.train.total_batch_size
+
+
+def test_a_stored_run_of_adamw_may_have_an_older_default_of_muon():
+    stored = TrainConfig().model_dump() | {"muon_qkv": "whole"}
+    assert TrainConfig.model_validate(stored) == TrainConfig()
+    assert TrainConfig.model_validate(stored | {"optimizer": "muon"}).muon_qkv == "whole"
 
 
 def test_a_total_batch_of_no_whole_sequences_is_refused_with_the_nearest_that_are():

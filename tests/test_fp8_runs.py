@@ -10,6 +10,7 @@ import torch
 
 from gpt2core.config import RECIPES, ModelConfig
 from gpt2core.distributed import Ranks
+from gpt2core.export import export_huggingface
 from gpt2core.fp8_scaling import HISTORY
 from gpt2core.trainer import Trainer
 
@@ -66,6 +67,19 @@ def test_a_run_in_bf16_goes_on_in_fp8_and_back(lab: Any, tmp_path: Path, train_h
     state = lab.latest(tmp_path / "tiny")
     assert state["step"] == 3 and "fp8" not in state
     assert {float(moments["step"]) for moments in state["optimizer"]["state"].values()} == {3.0}
+
+
+def test_muon_in_fp8_resumes_bit_for_bit_and_is_exported(lab: Any, tmp_path: Path, train_here: Any) -> None:
+    run = RUN | {"optimizer": "muon"}
+    train_here(lab.flags(tmp_path / "straight", **run))
+    straight = tmp_path / "straight" / "tiny"
+    resumed = lab.copy_run(straight, tmp_path)
+    train_here([*lab.flags(tmp_path, **run), "--resume", "epoch_00001"])
+    lab.assert_same_run(resumed, straight, max_steps=4)
+    assert list((resumed / "tensorboard").glob("events.*"))
+    state = lab.latest(resumed)
+    export_huggingface(state["model"], ModelConfig(**state["config"]["model"]), tmp_path / "exported", resumed)
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
 
 
 def test_gradients_are_calibrated_at_the_size_that_they_have_in_a_step(lab: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,25 @@ def test_a_step_is_logged_while_the_next_is_under_way(
     assert lab.latest(run)["train_seconds"] == pytest.approx(spent)
 
 
-def test_steps_between_two_lines_are_measured_together(lab: Any, tmp_path: Path, train_here: Any) -> None:
-    train_here(lab.flags(tmp_path, **RUN | {"log_freq": 3, "eval_freq": 0}))
+def test_evaluations_are_no_training_time(
+    lab: Any, tmp_path: Path, train_here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock by which each takes an hour, some of them after steps that have no line of their own."""
+    clock, beside, validate = time.perf_counter, [0.0], trainer.Trainer.validate
+
+    def slow_validate(self: trainer.Trainer, log: Any) -> bool:
+        beside[0] += 3600
+        return validate(self, log)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + beside[0])
+    monkeypatch.setattr(trainer.Trainer, "validate", slow_validate)
+    train_here(lab.flags(tmp_path, **RUN | {"log_freq": 3, "checkpoint_freq": 0}))
     run = tmp_path / "tiny"
+    assert list(lab.logged(run, "val_loss")) == [0, 4, 8, 9]
     assert list(lab.logged(run, "loss")) == [3, 6, 9]
     spent = 3 * sum(lab.logged(run, "step_ms").values()) / 1000
     assert lab.latest(run)["train_seconds"] == pytest.approx(spent)
+    assert spent < 3600
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

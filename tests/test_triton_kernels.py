@@ -35,7 +35,7 @@ def some_targets(rows: int, columns: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "vocab"), [(3, 150), (2, 8192), (2, 8209)])
+@pytest.mark.parametrize(("rows", "vocab"), [(3, 150), (2, 8192), (2, 8209), (2, 16384)])
 def test_losses_logsumexps_and_gradients(rows: int, vocab: int, dtype: torch.dtype) -> None:
     logits = (5 * random(rows, vocab)).to(dtype)
     targets = some_targets(rows, vocab)

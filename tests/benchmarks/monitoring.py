@@ -109,7 +109,7 @@ def main() -> None:
 def measure(run: Watched, rounds: int, steps: int) -> None:
     kinds = {"without": run.without, "watched": run.watched}
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
-    run.watched()  # which compiles and makes the moments
+    run.seconds(run.watched)  # which compiles and makes the moments
     for turn in range(rounds):
         for name in sorted(kinds, reverse=turn % 2 == 0):
             seconds[name].append(run.seconds(kinds[name], steps))

@@ -108,7 +108,7 @@ class Contest:
                 alpha=1.0 if is_best else 0.5,
                 label=f"{curve.contender.label}, seed {curve.seed}" if is_best else None,
             )
-        axes.set(xlabel="step", ylabel="validation loss (nats a token)", title="thin: other learning rates")
+        axes.set(xlabel="step", ylabel="validation loss (nats a token)", title="thin: the other settings")
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(path, dpi=120)
