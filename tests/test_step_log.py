@@ -88,14 +88,11 @@ def test_evaluations_are_no_training_time(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_marks_tell_the_devices_time() -> None:
     device = torch.device("cuda", 0)
-    x = torch.zeros(2**28, device=device)
     marks = [Mark(device)]
     for _ in range(2):
-        for _ in range(50):
-            x.add_(1)  # 2 GiB of traffic: 0.4 ms and more on any GPU, and a few microseconds for the host
+        torch.cuda._sleep(10**9)  # clock cycles: 0.3 s and more on any GPU, and nothing for the host
         marks.append(Mark(device))
-    handed_over_s = marks[2]._made_at - marks[0]._made_at
     marks[2].wait()
     parts = [marks[1].seconds_since(marks[0]), marks[2].seconds_since(marks[1])]
-    assert sum(parts) == pytest.approx(marks[2].seconds_since(marks[0]), rel=0.01)
-    assert min(parts) > handed_over_s / 2, "the device's time, not the host's"
+    assert sum(parts) == pytest.approx(marks[2].seconds_since(marks[0]))
+    assert min(parts) > 0.3, "the device's time, not the host's"
