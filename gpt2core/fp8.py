@@ -17,7 +17,7 @@ The head's factors are always known or cheap: its gradient is softmax - onehot, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -158,7 +158,7 @@ class FP8:
     def is_calibrated(self) -> bool:
         return self.scaling is None or self.scaling.is_calibrated
 
-    def calibrate(self, loss: Callable[[], Tensor], parameters: list[Tensor]) -> None:
+    def calibrate(self, loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
         """Finds the first factors by one pass, forward and backward, that rounds by each tensor's own magnitude."""
         assert self.scaling
         self.scaling.forget()

@@ -190,11 +190,12 @@ def test_a_run_of_two_ranks_goes_on_in_one_process(
     assert one["data"] == other["data"]
 
 
-@pytest.mark.parametrize("mini_batch_size", [1, 4])
+@pytest.mark.parametrize(("mini_batch_size", "nproc"), [(1, 1), (4, 1), (1, 2)])
 def test_accumulation_does_not_change_the_losses(
-    lab: Any, straight: Path, tmp_path: Path, train_here: Any, mini_batch_size: int
+    lab: Any, straight: Path, tmp_path: Path, mini_batch_size: int, nproc: int
 ) -> None:
-    train_here([*lab.flags(tmp_path, mini_batch_size=mini_batch_size, checkpoint_freq=0), "--stop_epoch", "1"])
+    flags = [*lab.flags(tmp_path, mini_batch_size=mini_batch_size, checkpoint_freq=0), "--stop_epoch", "1"]
+    lab.train(flags, nproc=nproc)
     mine = lab.logged(tmp_path / "tiny", "loss")
     expected = {step: loss for step, loss in lab.logged(straight, "loss").items() if step <= lab.steps_per_epoch}
     assert mine == pytest.approx(expected, abs=1e-4)

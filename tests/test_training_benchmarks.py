@@ -73,13 +73,49 @@ def test_the_cost_of_an_update(lab: Any) -> None:
 def test_a_precision_beside_another(lab: Any, tmp_path: Path) -> None:
     flags = f"--data_dir {lab.data_dir} --context_length 8 --num_layers 1 --embd_size 16 --num_heads 1 --device cpu"
     flags += " --total_batch_size 64 --mini_batch_size 8 --warmup_steps 1 --eval_freq 1 --val_tokens 64 --kernels plain"
-    options = f"--folder {tmp_path} --steps 3 --seeds 1 --ways bf16 fp8:tensorwise"
+    options = f"--folder {tmp_path} --steps 3 --seeds 1 --ways bf16 fp8:tensorwise@2"
     command = [sys.executable, "tests/benchmarks/precision.py", *options.split(), *flags.split()]
     done = subprocess.run(
         command, cwd=REPOSITORY, env=lab.environment(), capture_output=True, text=True, timeout=DEADLINE_S
     )
     assert done.returncode == 0, done.stderr
-    bf16, fp8 = (lab.logged(tmp_path / f"{name}_seed1", "val_loss")[3] for name in ("bf16", "fp8_tensorwise"))
-    assert f"| bf16 | 1 | {bf16:.4f} | +0.0000 |" in done.stdout
-    assert f"| fp8, tensorwise | 1 | {fp8:.4f} | {fp8 - bf16:+.4f} |" in done.stdout
+    bf16, fp8 = (lab.logged(tmp_path / f"{name}_seed1", "val_loss") for name in ("bf16", "fp8_tensorwise"))
+    assert list(fp8) == [0, 1, 2], "it stops there"
+    assert f"| bf16 | 1 | 3 | {bf16[3]:.4f} | +0.0000 |" in done.stdout
+    assert f"| fp8, tensorwise | 1 | 2 | {fp8[2]:.4f} | {fp8[2] - bf16[2]:+.4f} |" in done.stdout
     assert (tmp_path / "precision.png").stat().st_size > 10_000
+
+
+def test_the_gradients_beside_those_of_fp32(lab: Any) -> None:
+    flags = f"--data_dir {lab.data_dir} --context_length 8 --num_layers 1 --embd_size 16 --num_heads 1 --device cpu"
+    flags += " --total_batch_size 64 --mini_batch_size 8 --kernels plain"
+    command = [sys.executable, "tests/benchmarks/gradients.py", "--ways", "fp32", "bf16", "fp8", "--after", "0", "2"]
+    done = subprocess.run(
+        [*command, *flags.split()],
+        cwd=REPOSITORY,
+        env=lab.environment(),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if "%" in line]
+    errors = {(way, int(step)): [float(cell.split("%")[0]) for cell in cells] for way, step, *cells in rows}
+    assert list(errors) == [(way, step) for step in (0, 2) for way in ("fp32", "bf16", "fp8")]
+    for (way, _), of_groups in errors.items():
+        low, high = {"fp32": (0, 0.01), "bf16": (0.01, 3), "fp8": (1, 15)}[way]
+        assert len(of_groups) == 9 and all(low <= error <= high for error in of_groups), (way, of_groups)
+
+
+def test_one_rank_beside_two() -> None:
+    command = "-m torch.distributed.run --standalone --nproc_per_node=2 tests/benchmarks/scaling.py --tiny --device cpu"
+    done = subprocess.run(
+        [sys.executable, *command.split(), "--rounds", "1", "--steps", "1"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (line.split() for line in done.stdout.splitlines()[-2:])
+    assert (one[0], one[-1], two[0]) == ("1", "1.000", "2") and float(two[-1]) > 0

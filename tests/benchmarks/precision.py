@@ -3,8 +3,8 @@
     python tests/benchmarks/precision.py --steps 500 --data_dir DIR [--seconds 540] [--at_once 4] [any flags of `gpt2 train`]
     python tests/benchmarks/precision.py --ways bf16 plain ...      the fused kernels beside PyTorch's own
 
-A way is a --precision, with its --fp8_recipe behind a colon, or `plain` for bf16 with --kernels plain. The first one is
-what the others are compared with. What is done stays: with --seconds the run under way is saved when the time is up, exit
+A way is a --precision, with its --fp8_recipe behind a colon, or `plain` for bf16 with --kernels plain; `plain@300` stops at
+step 300 of the same schedule. The first one, which goes to the end, is what the others are compared with. What is done stays: with --seconds the run under way is saved when the time is up, exit
 code 75 says that there is more to do, and the same command goes on. At the end --folder holds precision.md (the table)
 and precision.png (losses and gradient norms).
 """
@@ -21,11 +21,13 @@ from gpt2core.flags import TRY_AGAIN, main_guard
 
 
 def contender(way: str) -> Contender:
+    way, _, stop = way.partition("@")
+    stops_at = int(stop) if stop else None
     if way == "plain":
-        return Contender(way, "bf16, PyTorch's own kernels", {"precision": "bf16", "kernels": "plain"})
+        return Contender(way, "bf16, PyTorch's own kernels", {"precision": "bf16", "kernels": "plain"}, stops_at)
     precision, _, recipe = way.partition(":")
     flags = {"precision": precision} | ({"fp8_recipe": recipe} if recipe else {})
-    return Contender(way.replace(":", "_"), way.replace(":", ", "), flags)
+    return Contender(way.replace(":", "_"), way.replace(":", ", "), flags, stops_at)
 
 
 def differences(mine: dict[int, float], others: dict[int, float], after: int) -> list[float]:
@@ -33,17 +35,25 @@ def differences(mine: dict[int, float], others: dict[int, float], after: int) ->
 
 
 def table(curves: list[list[Curve]], steps: int) -> str:
-    """A row a run; `curves` has a list for each way, a run a seed in it."""
-    columns = ["way", "seed", "validation loss", "more than the first's", "largest difference at an evaluation"]
+    """A row a run; `curves` has a list for each way, a run a seed in it. The last third is of the run's own steps."""
+    columns = [
+        "way",
+        "seed",
+        "steps",
+        "validation loss",
+        "more than the first's",
+        "largest difference at an evaluation",
+    ]
     columns += ["mean difference in training, last third", "mean gradient norm, last third", "tensors cut", "ms a step"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for runs in curves:
         for run, base in zip(runs, curves[0], strict=True):
-            late = 2 * steps // 3
+            end = run.contender.stop or steps
+            late = 2 * end // 3
             val = differences(run.val_losses, base.val_losses, after=0)
             train = differences(run.logged("loss"), base.logged("loss"), after=late)
             norms = [norm for step, norm in run.logged("grad_norm").items() if step > late]
-            cells = [run.contender.label, run.seed, f"{run.val_losses[steps]:.4f}", f"{val[-1]:+.4f}"]
+            cells = [run.contender.label, run.seed, end, f"{run.val_losses[end]:.4f}", f"{val[-1]:+.4f}"]
             cells += [f"{max(val, key=abs):+.4f}", f"{statistics.mean(train):+.4f}", f"{statistics.mean(norms):.3f}"]
             cells += [int(sum(run.logged("fp8_saturated").values()))]
             cells += [f"{statistics.median(run.logged('step_ms').values()):.1f}"]

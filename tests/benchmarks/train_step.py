@@ -154,17 +154,19 @@ class Peers:
         return self.contender("nanoGPT", module.GPT(module.GPTConfig(**shape)), lambda model, x, y: model(x, y)[1])
 
 
-def ours(config: RunConfig, device: torch.device, precision: str | None = None) -> Contender:
-    """A whole run's step: data, schedule, update, logs."""
+def ours(config: RunConfig, ranks: Ranks, precision: str | None = None) -> Contender:
+    """A whole run's step: data, schedule, update, logs; of all ranks together."""
     if precision:
         wanted, _, recipe = precision.partition(":")
         train = config.train.model_dump() | {"precision": wanted} | ({"fp8_recipe": recipe} if recipe else {})
         config = config.model_copy(update={"train": TrainConfig.model_validate(train)})
-    trainer = Trainer(config, Ranks(0, 1, device))
-    print(f"our kernels: {trainer.fp8.describe() if trainer.fp8 else trainer.kernels.note}")
-    folder = RunFolder.of(config)
-    log = MetricsLog(folder, resume_at=None, board=Board(folder.tensorboard, config, 0))
-    log.say = lambda message: log.note(message)  # type: ignore[method-assign,assignment,return-value]  # not on the terminal
+    trainer = Trainer(config, ranks)
+    log = None
+    if ranks.is_main:
+        print(f"our kernels: {trainer.fp8.describe() if trainer.fp8 else trainer.kernels.note}")
+        folder = RunFolder.of(config)
+        log = MetricsLog(folder, resume_at=None, board=Board(folder.tensorboard, config, 0))
+        log.say = log.note  # type: ignore[method-assign]  # not on the terminal
 
     def step() -> float:
         result = trainer.train_step()
@@ -179,6 +181,25 @@ def write_shards(folder: Path, tokens: int) -> None:
     rng = np.random.default_rng(0)
     for number in range(2):
         np.save(folder / shard_name(number), rng.integers(0, 50257, tokens, dtype=np.uint16))
+
+
+def configuration(folder: Path, device: torch.device, is_tiny: bool, mini_batch_size: int) -> RunConfig:
+    """Of a run in this folder, on random tokens that are written there."""
+    model = TINY if is_tiny else ModelConfig()
+    write_shards(folder, 2_000 if is_tiny else 20_000_000)
+    return RunConfig(
+        run_name="benchmark",
+        artifacts_dir=str(folder),
+        model=model,
+        data=DataConfig(data_dir=str(folder)),
+        train=TrainConfig(
+            total_batch_size=16 * model.context_length if is_tiny else 524_288,
+            mini_batch_size=2 if is_tiny else mini_batch_size,
+            hellaswag_freq=0,
+            kernels="plain" if device.type == "cpu" else "auto",
+        ),
+        evaluation=EvalConfig(val_tokens=model.context_length),
+    )
 
 
 def measure(contenders: list[Contender], device: torch.device, rounds: int, steps: int) -> None:
@@ -261,26 +282,11 @@ def main() -> None:
     arguments = parser.parse_args()
     device = pick_device(arguments.device)
     torch.set_float32_matmul_precision("high")
-    model = TINY if arguments.tiny else ModelConfig()
-    mini_batch_size = 2 if arguments.tiny else arguments.mini_batch_size
     with tempfile.TemporaryDirectory() as folder:
-        write_shards(Path(folder), 2_000 if arguments.tiny else 20_000_000)
-        config = RunConfig(
-            run_name="benchmark",
-            artifacts_dir=folder,
-            model=model,
-            data=DataConfig(data_dir=folder),
-            train=TrainConfig(
-                total_batch_size=4 * model.context_length if arguments.tiny else 524_288,
-                mini_batch_size=mini_batch_size,
-                hellaswag_freq=0,
-                kernels="plain" if device.type == "cpu" else "auto",
-            ),
-            evaluation=EvalConfig(val_tokens=model.context_length),
-        )
+        config = configuration(Path(folder), device, arguments.tiny, arguments.mini_batch_size)
         peers = Peers(config, device)
         makers: list[Callable[[], Contender]] = [
-            partial(ours, config, device, precision) for precision in (None, *arguments.precision)
+            partial(ours, config, Ranks(0, 1, device), precision) for precision in (None, *arguments.precision)
         ]
         makers += [getattr(peers, name) for name in ("plain", "transformers") if name not in arguments.without]
         if arguments.nanogpt:

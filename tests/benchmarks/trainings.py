@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import queue
 import shutil
@@ -18,7 +19,7 @@ from typing import Any
 from gpt2core.run_folder import RunFolder
 
 # evaluations are what is compared, so nothing else interrupts the steps
-FIXED = "--num_epochs 1 --hellaswag_freq 0 --sample_freq 0 --histogram_freq 0 --log_freq 1 --keep_checkpoints 1 --no-keep_best --no-use_tensorboard"
+FIXED = "--hellaswag_freq 0 --sample_freq 0 --histogram_freq 0 --log_freq 1 --keep_checkpoints 1 --no-keep_best --no-use_tensorboard"
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Contender:
     name: str  # of its runs
     label: str
     flags: dict[str, Any]  # in which it differs from the others
+    stop: int | None = None  # the step to stop at, with the same schedule, before the others do
 
 
 class Curve:
@@ -52,6 +54,7 @@ class Trainings:
 
     def __init__(self, arguments: argparse.Namespace, train_flags: list[str]) -> None:
         self.folder, self.steps, self.train_flags = arguments.folder, arguments.steps, train_flags
+        self.steps_per_epoch = arguments.steps
         self.deadline = time.monotonic() + arguments.seconds if arguments.seconds else None
         self.at_once = arguments.at_once
         self.free_gpus: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -71,6 +74,9 @@ class Trainings:
 
     def train_all(self, curves: Iterable[Curve]) -> bool:
         """Whether all runs are at their end."""
+        curves = list(curves)
+        # a run can stop at the end of an epoch
+        self.steps_per_epoch = math.gcd(self.steps, *(curve.contender.stop or 0 for curve in curves))
         with ThreadPoolExecutor(self.at_once) as pool:
             ended = list(pool.map(self.train, curves))
         if not all(ended):
@@ -79,13 +85,16 @@ class Trainings:
 
     def train(self, curve: Curve) -> bool:
         """Whether the run is at its end, after some training where it was not; False when the time is up before."""
-        if self.steps in curve.val_losses:
+        stop = curve.contender.stop or self.steps
+        if stop in curve.val_losses:
             return True
         if self.deadline and time.monotonic() >= self.deadline:
             return False
         command = [sys.executable, "-m", "gpt2core.cli", "train", *FIXED.split(), *self.train_flags]
         command += [f"--{name}={value}" for name, value in curve.contender.flags.items()]
-        command += [f"--steps_per_epoch={self.steps}", f"--seed={curve.seed}", "--resume=latest"]
+        epochs = self.steps // self.steps_per_epoch
+        command += [f"--num_epochs={epochs}", f"--steps_per_epoch={self.steps_per_epoch}"]
+        command += [f"--stop_epoch={stop // self.steps_per_epoch}", f"--seed={curve.seed}", "--resume=latest"]
         command += [f"--artifacts_dir={self.folder}", f"--run_name={curve.run.path.name}"]
         print(f"{curve.contender.label}, seed {curve.seed}", flush=True)
         gpu = self.free_gpus.get()
@@ -99,9 +108,9 @@ class Trainings:
                 code = process.wait()
             finally:
                 self.free_gpus.put(gpu)
-        if self.steps in curve.val_losses:
+        if stop in curve.val_losses:
             shutil.rmtree(curve.run.checkpoints)
             return True
         if self.deadline and time.monotonic() >= self.deadline:
             return False
-        raise ValueError(f"{' '.join(command)} ended with {code} before step {self.steps}: look at {output.name}")
+        raise ValueError(f"{' '.join(command)} ended with {code} before step {stop}: look at {output.name}")

@@ -1,0 +1,83 @@
+"""Our training step on one GPU and on all of a machine, turn by turn: how much of each GPU is left when they share a step.
+
+    torchrun --standalone --nproc_per_node=2 tests/benchmarks/scaling.py [--mini_batch_size 64] [--precision fp8]
+    torchrun --standalone --nproc_per_node=2 tests/benchmarks/scaling.py --tiny --device cpu     to see that it runs
+
+The same total batch in both, with all that a run's step has (train_step.py). While rank 0 is alone the others wait.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from train_step import Contender, configuration, ours
+
+from gpt2core.distributed import Ranks
+
+
+def settle(ranks: Ranks) -> None:
+    """Until all ranks are here and their GPUs have done what they were given."""
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize(ranks.device)
+    ranks.any(True)
+
+
+def timed(contender: Contender, ranks: Ranks, steps: int) -> None:
+    for step in range(2 + steps):  # two so that what was before does not count, and ours has a step under way
+        if step == 2 and ranks.device.type == "cuda":
+            torch.cuda.synchronize(ranks.device)
+        started = time.perf_counter()
+        contender.step()  # which waits for the step before
+        if step >= 2:
+            contender.seconds.append(time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--mini_batch_size", type=int, default=64)
+    parser.add_argument("--precision", help="instead of bf16, its recipe behind a colon")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="measured a round")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and batch, to see that it runs")
+    arguments = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    ranks = Ranks.join(arguments.device)
+    alone = Ranks(0, 1, ranks.device)
+    with tempfile.TemporaryDirectory() as folder:  # each rank has its own copy of the shards
+        config = configuration(Path(folder), ranks.device, arguments.tiny, arguments.mini_batch_size)
+        together = ours(config, ranks, arguments.precision)
+        config = config.model_copy(update={"run_name": "alone"})
+        single = ours(config, alone, arguments.precision) if ranks.is_main else None
+        for _ in range(arguments.rounds):
+            settle(ranks)
+            if single:
+                timed(single, alone, arguments.steps)
+            settle(ranks)
+            timed(together, ranks, arguments.steps)
+        settle(ranks)
+    if single:
+        show(single, together, ranks, config.train.total_batch_size)
+    ranks.leave()
+
+
+def show(single: Contender, together: Contender, ranks: Ranks, tokens: int) -> None:
+    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type
+    print(
+        f"\n{name}, torch {torch.__version__}, {dist.get_backend()}; median of {len(single.seconds)} steps of {tokens:,} tokens"
+    )
+    print(f"{'ranks':>5}{'tokens/s':>12}{'ms':>9}{'times one':>11}")
+    one_s = statistics.median(single.seconds)
+    for count, contender in ((1, single), (ranks.world_size, together)):
+        seconds = statistics.median(contender.seconds)
+        print(f"{count:>5}{tokens / seconds:>12,.0f}{1000 * seconds:>9.1f}{one_s / seconds:>11.3f}")
+
+
+if __name__ == "__main__":
+    main()
