@@ -166,6 +166,11 @@ class StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
+    @property
+    def name(self) -> str:
+        """Of the signal, as the log has it when the ranks have agreed to stop."""
+        return self.signal.name if self.signal else "a signal to another rank"
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.signal is None:

@@ -99,11 +99,15 @@ class Trainer:
     # --- the story ---
 
     def fit(self, stop_step: int, stop: StopRequest, log: MetricsLog | None, saver: Saver | None) -> None:
-        """Trains until `stop_step` steps are done or a signal asks to stop; both end with a checkpoint.
+        """Trains until `stop_step` steps are done or a signal asks to stop; both end with a checkpoint of the steps made.
 
         Only rank 0 has a log and a saver. Raises FloatingPointError when update after update is not finite.
         """
         train = self.config.train
+        if self.ranks.any(stop.signal is not None)[0]:  # it came while this process made itself ready
+            if log:
+                log.say(f"{stop.name}: ended before a step was made; go on with --resume latest")
+            return
         if self.step == 0:
             self.validate(log)
         self.saved_at = self.now()
@@ -138,8 +142,8 @@ class Trainer:
                 self.save(saver, at_end_of_epoch=at_end_of_epoch, best=best)
             self.step_log.leave_out(time.perf_counter() - aside)
         self.finish_saving(saver)
-        if log and stop.signal and stopped:
-            log.say(f"{stop.signal.name}: saved at step {self.step}; go on with --resume latest")
+        if log and stopped:
+            log.say(f"{stop.name}: saved at step {self.step}; go on with --resume latest")
 
     def is_save_due(self) -> bool:
         """By steps, or by the clock of this rank."""
