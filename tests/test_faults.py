@@ -128,7 +128,9 @@ def test_sigterm_to_gpt2_train_saves_on_all_ranks_and_ends_well(two_ranks: dict[
 def test_a_machine_gone_loses_only_what_came_after_the_last_checkpoint(two_ranks: dict[str, Any], lab: Any) -> None:
     code, _, saved, logged = two_ranks["all killed"]
     assert code == -signal.SIGKILL
-    assert 0 <= logged - saved <= 2 * SETTINGS["checkpoint_freq"]  # one may be on its way to the disk until the next is due
+    assert (
+        0 <= logged - saved <= 2 * SETTINGS["checkpoint_freq"]
+    )  # one may be on its way to the disk until the next is due
     assert logged < lab.max_steps
 
 

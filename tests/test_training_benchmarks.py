@@ -14,23 +14,23 @@ from gpt2core.flags import TRY_AGAIN
 
 pytestmark = pytest.mark.slow
 
+TINY = "--context_length 8 --num_layers 1 --embd_size 16 --num_heads 1 --device cpu --total_batch_size 64 --mini_batch_size 8"
+
+
+def run(lab: Any, *words: str) -> subprocess.CompletedProcess[str]:
+    """Python with these arguments, of which several may be in one string."""
+    command = [sys.executable, *" ".join(words).split()]
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=lab.environment(), capture_output=True, text=True, timeout=DEADLINE_S
+    )
+
 
 def test_the_optimizers_beside_each_other(lab: Any, tmp_path: Path) -> None:
     """In two calls, the first of which has no time: what the tables say is what the runs logged."""
-    options = (
-        f"--folder {tmp_path} --steps 4 --seeds 1 --adamw_lrs 1e-3 3e-3 --muon_lrs 0.02 --muon_max_lrs 3e-3 --at_once 2"
-    )
-    flags = f"--data_dir {lab.data_dir} --context_length 8 --num_layers 1 --embd_size 16 --num_heads 1 --device cpu"
-    flags += " --total_batch_size 64 --mini_batch_size 8 --warmup_steps 1 --eval_freq 1 --val_tokens 64"
-    command = [sys.executable, "tests/benchmarks/optimizers.py", *options.split(), *flags.split()]
-
-    def call(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, *more], cwd=REPOSITORY, env=lab.environment(), capture_output=True, text=True, timeout=DEADLINE_S
-        )
-
-    assert call("--seconds", "0.01").returncode == TRY_AGAIN
-    done = call()
+    options = f"--folder {tmp_path} --steps 4 --seeds 1 --adamw_lrs 1e-3 3e-3 --muon_lrs 0.02 --muon_max_lrs 3e-3"
+    flags = f"--at_once 2 --data_dir {lab.data_dir} {TINY} --warmup_steps 1 --eval_freq 1 --val_tokens 64"
+    assert run(lab, "tests/benchmarks/optimizers.py", options, flags, "--seconds 0.01").returncode == TRY_AGAIN
+    done = run(lab, "tests/benchmarks/optimizers.py", options, flags)
     assert done.returncode == 0, done.stderr
     finals = {
         name: lab.logged(tmp_path / f"{name}_seed1", "val_loss")[4]
@@ -52,18 +52,7 @@ def test_the_optimizers_beside_each_other(lab: Any, tmp_path: Path) -> None:
 
 
 def test_the_cost_of_an_update(lab: Any) -> None:
-    command = [
-        sys.executable,
-        "tests/benchmarks/optimizer_step.py",
-        "--tiny",
-        "--rounds",
-        "1",
-        "--device",
-        "cpu",
-    ]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=lab.environment(), capture_output=True, text=True, timeout=DEADLINE_S
-    )
+    done = run(lab, "tests/benchmarks/optimizer_step.py", "--tiny --rounds 1 --device cpu")
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if line.endswith(" ms")]
     assert [" ".join(row[:-2]) for row in rows] == ["AdamW", "Muon", "Muon, qkv split", "PyTorch's Muon"]
@@ -71,13 +60,9 @@ def test_the_cost_of_an_update(lab: Any) -> None:
 
 
 def test_a_precision_beside_another(lab: Any, tmp_path: Path) -> None:
-    flags = f"--data_dir {lab.data_dir} --context_length 8 --num_layers 1 --embd_size 16 --num_heads 1 --device cpu"
-    flags += " --total_batch_size 64 --mini_batch_size 8 --warmup_steps 1 --eval_freq 1 --val_tokens 64 --kernels plain"
     options = f"--folder {tmp_path} --steps 3 --seeds 1 --ways bf16 fp8:tensorwise@2"
-    command = [sys.executable, "tests/benchmarks/precision.py", *options.split(), *flags.split()]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=lab.environment(), capture_output=True, text=True, timeout=DEADLINE_S
-    )
+    flags = f"--data_dir {lab.data_dir} {TINY} --warmup_steps 1 --eval_freq 1 --val_tokens 64 --kernels plain"
+    done = run(lab, "tests/benchmarks/precision.py", options, flags)
     assert done.returncode == 0, done.stderr
     bf16, fp8 = (lab.logged(tmp_path / f"{name}_seed1", "val_loss") for name in ("bf16", "fp8_tensorwise"))
     assert list(fp8) == [0, 1, 2], "it stops there"
@@ -87,16 +72,11 @@ def test_a_precision_beside_another(lab: Any, tmp_path: Path) -> None:
 
 
 def test_the_gradients_beside_those_of_fp32(lab: Any) -> None:
-    flags = f"--data_dir {lab.data_dir} --context_length 8 --num_layers 1 --embd_size 16 --num_heads 1 --device cpu"
-    flags += " --total_batch_size 64 --mini_batch_size 8 --kernels plain"
-    command = [sys.executable, "tests/benchmarks/gradients.py", "--ways", "fp32", "bf16", "fp8", "--after", "0", "2"]
-    done = subprocess.run(
-        [*command, *flags.split()],
-        cwd=REPOSITORY,
-        env=lab.environment(),
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
+    done = run(
+        lab,
+        "tests/benchmarks/gradients.py",
+        "--ways fp32 bf16 fp8 --after 0 2",
+        f"--data_dir {lab.data_dir} {TINY} --kernels plain",
     )
     assert done.returncode == 0, done.stderr
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if "%" in line]
@@ -107,15 +87,9 @@ def test_the_gradients_beside_those_of_fp32(lab: Any) -> None:
         assert len(of_groups) == 9 and all(low <= error <= high for error in of_groups), (way, of_groups)
 
 
-def test_one_rank_beside_two() -> None:
-    command = "-m torch.distributed.run --standalone --nproc_per_node=2 tests/benchmarks/scaling.py --tiny --device cpu"
-    done = subprocess.run(
-        [sys.executable, *command.split(), "--rounds", "1", "--steps", "1"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-    )
+def test_one_rank_beside_two(lab: Any) -> None:
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2"
+    done = run(lab, torchrun, "tests/benchmarks/scaling.py --tiny --device cpu --rounds 1 --steps 1")
     assert done.returncode == 0, done.stderr
     one, two = (line.split() for line in done.stdout.splitlines()[-2:])
     assert (one[0], one[-1], two[0]) == ("1", "1.000", "2") and float(two[-1]) > 0
