@@ -1,13 +1,21 @@
-"""The mini-batch that fits into a GPU: found before the first step by taking one through the model, forward and backward."""
+"""The mini-batch that fits into a GPU: found before the first step by taking it through the model as a step does.
+
+Where memory runs out later nonetheless, beside another process say, the run's folder remembers at how many sequences, and the
+next start takes fewer.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import nn
 
+from gpt2core.accumulation import accumulate
 from gpt2core.config import ModelConfig, RunConfig
-from gpt2core.distributed import Ranks, no_sync
+from gpt2core.distributed import Ranks
 from gpt2core.launch import tell
+from gpt2core.run_folder import RunFolder
 
 ADAM_BYTES = 8  # a parameter: two fp32 moments, which the optimizer makes at its first step
 STATE_BYTES = 8 + ADAM_BYTES  # a parameter: fp32 weight, gradient and moments
@@ -22,7 +30,7 @@ def fitting_mini_batch_size(model: nn.Module, config: RunConfig, ranks: Ranks) -
 
     Raises ValueError when not even the smallest fits.
     """
-    sizes = config.mini_batch_sizes(ranks.world_size)
+    sizes = _not_ruled_out(config.mini_batch_sizes(ranks.world_size), config, ranks)
     is_auto = config.train.mini_batch_size == "auto"
     if ranks.device.type != "cuda":
         return next(size for size in sizes if not is_auto or size <= AUTO_ON_CPU)
@@ -43,6 +51,26 @@ def fitting_mini_batch_size(model: nn.Module, config: RunConfig, ranks: Ranks) -
     )
 
 
+def _not_ruled_out(sizes: list[int], config: RunConfig, ranks: Ranks) -> list[int]:
+    """Those below the one at which memory ran out in an earlier start, on any rank."""
+    folder = RunFolder.of(config)
+    limit = min(ranks.gather(folder.too_many_sequences() or math.inf))
+    left = [size for size in sizes if size < limit]
+    if left == sizes:
+        return sizes
+    if not left:
+        raise ValueError(
+            f"memory ran out at mini_batch_size {limit} in an earlier start, and the total batch does not divide further: "
+            f"take a smaller model, or remove {folder.too_many_file} where that was another process's fault"
+        )
+    if ranks.is_main:
+        tell(
+            f"mini_batch_size {limit} ran out of memory in an earlier start: at most {left[0]}, at the same total batch "
+            f"(until {folder.too_many_file} is removed)"
+        )
+    return left
+
+
 def expected_bytes(model: ModelConfig, size: int) -> int:
     """What a rank needs at least to train on so many sequences at once."""
     activations = ACTIVATION_BYTES * model.context_length * model.num_layers * model.embd_size
@@ -50,13 +78,15 @@ def expected_bytes(model: ModelConfig, size: int) -> int:
 
 
 def _fits(model: nn.Module, config: RunConfig, device: torch.device, size: int) -> bool:
-    """Takes a micro-step of so many sequences, with room kept for the optimizer. Leaves gradients, random numbers and the
-    other ranks alone."""
+    """Takes a step's first micro-steps of so many sequences, with room kept for the optimizer. Leaves gradients, random
+    numbers and the other ranks alone."""
     try:
         moments = torch.empty(ADAM_BYTES * config.model.num_parameters(), dtype=torch.uint8, device=device)
         tokens = torch.zeros(size, config.model.context_length, dtype=torch.int64, device=device)
-        with no_sync(model):
-            model(tokens, tokens.clone()).backward()  # one tensor for both would be compiled for that alone
+        for micro_step in range(2):  # the second has the gradients of the first beside its own
+            accumulate(
+                model, tokens, tokens.clone(), micro_step, 3
+            )  # one tensor for both would be compiled for that alone
         torch.cuda.synchronize(device)
         del moments
         return True

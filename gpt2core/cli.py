@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2core.config import DataConfig, LaunchConfig, RunConfig
-from gpt2core.flags import Parser, add_recipe, add_settings, main_guard, run_config, settings_of
+from gpt2core.flags import TRY_AGAIN, Parser, add_recipe, add_settings, main_guard, run_config, settings_of
 
 if TYPE_CHECKING:
     from gpt2core.generate import Sampling
@@ -47,6 +47,7 @@ def data(argv: list[str]) -> int:
 def train(argv: list[str]) -> int:
     from gpt2core import launch, train_command
     from gpt2core.preflight import preflight
+    from gpt2core.run_folder import RunFolder
 
     parser = Parser(prog="gpt2 train", description="Train GPT-2, in one process or under torchrun in several.")
     add_settings(parser, LaunchConfig)
@@ -61,7 +62,14 @@ def train(argv: list[str]) -> int:
     preflight(config, launched.nnodes * nproc)
     torchrun_flags = launched.torchrun_flags(nproc, config.run_name)
     command = launch.python_command("gpt2core.train", _without_launch_flags(argv), torchrun_flags)
-    return launch.run_in_foreground(command, nproc, under_torchrun=bool(torchrun_flags))
+    folder = RunFolder.of(config)
+    while True:
+        too_many = folder.too_many_sequences()
+        code = launch.run_in_foreground(command, nproc, under_torchrun=bool(torchrun_flags))
+        ran_out_of_memory = code == TRY_AGAIN and folder.too_many_sequences() != too_many
+        if not ran_out_of_memory or arguments.resume not in (None, "latest"):
+            return code
+        command = [*command, "--resume", "latest"]  # with a smaller mini-batch
 
 
 def _without_launch_flags(argv: list[str]) -> list[str]:

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from gpt2core.credentials import LocalFolder, PathOrUrl
 
+MEASURED_AT_ONCE = 16  # sequences: enough to fill a GPU, and 1.6 GB of logits in bf16 at 1,024 tokens
 PADDED_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, padded to a multiple of 128 for the matrix units
 VOCAB_SIZE = 50257
 
@@ -473,8 +474,10 @@ class RunConfig(Settings):
         return [size for size in sizes if self.sequences_per_step() % (size * world_size) == 0]
 
     def batch_size_without_gradients(self) -> int:
-        """Sequences at once where the model is only measured."""
-        return 16 if self.train.mini_batch_size == "auto" else self.train.mini_batch_size
+        """Sequences at once where the model is only measured: its logits exist as a whole there, which in training they
+        need not, so that of a small model fewer sequences fit."""
+        asked = self.train.mini_batch_size
+        return MEASURED_AT_ONCE if asked == "auto" else min(MEASURED_AT_ONCE, asked)
 
     def grad_accum_steps(self, world_size: int, mini_batch_size: int | None = None) -> int:
         """Micro-steps a rank makes in one step, so that all ranks together see total_batch_size tokens.

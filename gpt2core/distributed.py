@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import signal
@@ -15,8 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from gpt2core.config import TrainConfig
 from gpt2core.flags import exit_code
@@ -145,11 +143,6 @@ def make_deterministic() -> None:
 
 def use_compile(train: TrainConfig, device: torch.device) -> bool:
     return train.compile == "on" or (train.compile == "auto" and device.type == "cuda")
-
-
-def no_sync(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Within it, backward passes keep their gradients to this rank."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
 class StopRequest:

@@ -183,9 +183,10 @@ def _fit(trainer: Trainer, stop_step: int, stop: StopRequest, log: MetricsLog | 
     try:
         trainer.fit(stop_step, stop, log, saver)
     except torch.OutOfMemoryError as error:
+        RunFolder.of(trainer.config).rule_out(trainer.mini_batch_size)
         raise BlockingIOError(
             f"the GPU's memory ran out at step {trainer.step} with mini_batch_size {trainer.mini_batch_size}; started again "
-            f"with --resume latest, a smaller one is taken if this does not fit any more ({error})"
+            f"with --resume latest, the run goes on with half of it at the same total batch ({first_line(error)})"
         ) from None
     finally:
         if saver:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 import time
@@ -14,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2core import heartbeat
+from gpt2core.accumulation import accumulate
 from gpt2core.batch_size import fitting_mini_batch_size
 from gpt2core.checkpoint import Saver, check_same_model
 from gpt2core.checkpoint_folder import BEST, FORMAT, epoch_name
 from gpt2core.code_version import code_version
 from gpt2core.config import EvalConfig, RunConfig
-from gpt2core.distributed import Ranks, StopRequest, no_sync, pick_dtype, use_compile
+from gpt2core.distributed import Ranks, StopRequest, pick_dtype, use_compile
 from gpt2core.evaluation import validation_loss
 from gpt2core.fp8 import FP8, equip
 from gpt2core.generate import samples
@@ -57,7 +57,6 @@ class Trainer:
         self.raw_model = GPT(config.model, dtype, self.kernels)
         self.raw_model.init_weights(torch.Generator().manual_seed(train.seed))
         self.raw_model.to(ranks.device)
-        self.parameters = list(self.raw_model.parameters())
         self.fp8 = equip(self.raw_model, train, ranks)
         self.optimizer = build_optimizer(self.raw_model, train, ranks.rank, ranks.world_size)
         compiled: nn.Module = self.raw_model
@@ -177,26 +176,11 @@ class Trainer:
             inputs, targets = self.loader.next_batch()  # each (B, T)
             if self.fp8 and not self.fp8.is_calibrated:
                 self._calibrate(self.fp8, inputs, targets)
-            is_last = micro_step == self.accum_steps - 1
-            with contextlib.nullcontext() if is_last else no_sync(self.model):
-                micro_loss = self.model(inputs, targets) / self.accum_steps
-                self._backward(micro_loss, is_first_or_last=micro_step == 0 or is_last)
-            loss += micro_loss.detach()
+            loss += accumulate(self.model, inputs, targets, micro_step, self.accum_steps)
             heartbeat.beat()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, train.grad_clip)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), train.grad_clip)
         self._update(grad_norm)
         return StepResult(loss, grad_norm, self.skipped_in_a_row, lr)
-
-    def _backward(self, loss: Tensor, is_first_or_last: bool) -> None:
-        """Adds the gradients of a micro-step: by a few kernels for all parameters, where autograd takes one for each.
-
-        The first micro-step's gradients become the sum without an addition; the last one's are autograd's, for DDP.
-        """
-        if is_first_or_last:
-            loss.backward()
-        else:
-            sums = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-            torch._foreach_add_(sums, list(torch.autograd.grad(loss, self.parameters)))
 
     def _update(self, grad_norm: Tensor) -> None:
         """Applies the gradients, unless one is not finite. The decision is taken on the device, so the host need not wait."""
@@ -210,7 +194,7 @@ class Trainer:
         """By a few sequences, whose gradients are made as small as they will be among all of a step."""
         some = slice(0, SEQUENCES_TO_CALIBRATE)
         share = len(inputs[some]) / len(inputs) / self.accum_steps
-        fp8.calibrate(lambda: share * self.raw_model(inputs[some], targets[some]), self.parameters)
+        fp8.calibrate(lambda: share * self.raw_model(inputs[some], targets[some]), list(self.raw_model.parameters()))
 
     # --- measuring ---
 
@@ -220,7 +204,7 @@ class Trainer:
             lambda inputs, targets: self.forward(inputs, targets, reduction="none"),
             self.val_sequences,
             self.config.evaluation.val_tokens,
-            self.mini_batch_size,
+            min(self.mini_batch_size, self.config.batch_size_without_gradients()),
             self.ranks,
         ).mean
         if log:

@@ -13,6 +13,7 @@ from gpt2core.batch_size import expected_bytes, fitting_mini_batch_size
 from gpt2core.config import ModelConfig, RunConfig, TrainConfig
 from gpt2core.distributed import Ranks
 from gpt2core.model import GPT
+from gpt2core.run_folder import RunFolder
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a CPU's memory does not run out so")
 
@@ -92,3 +93,43 @@ def test_auto_takes_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     model = GPT(small, torch.bfloat16).to(ranks.device)
     run = RunConfig(model=small, train=TrainConfig(total_batch_size=256 * 64, mini_batch_size="auto"))
     assert fitting_mini_batch_size(model, run, ranks) == 64
+
+
+# A GPU whose memory runs out at step 2, once: torch's own error where a step has its gradients.
+SHORT_OF_MEMORY = """
+import os, sys
+if "gpt2core.train" in sys.orig_argv and os.environ.get("RANK", "0") == "0":
+    import torch
+    calls, clip = [], torch.nn.utils.clip_grad_norm_
+    def short_of_memory(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2 and not os.path.exists({marker!r}):
+            open({marker!r}, "w").close()
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return clip(*arguments, **options)
+    torch.nn.utils.clip_grad_norm_ = short_of_memory
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_run_whose_memory_runs_out_goes_on_with_half_the_mini_batch(
+    lab: Any, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nproc: int
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SHORT_OF_MEMORY.format(marker=str(tmp_path / "ran_out")))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    flags = [*lab.flags(tmp_path, mini_batch_size=4, checkpoint_freq=0), "--stop_epoch", "1"]
+    done = lab.run("gpt2core.cli", ["train", "--nproc_per_node", nproc, *flags])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the GPU's memory ran out at step 1 with mini_batch_size 4" in done.stdout + done.stderr
+    assert "mini_batch_size 4 ran out of memory in an earlier start: at most 2, at the same total batch" in done.stdout
+    assert f"256 tokens = {4 // nproc} accumulation steps x {nproc} ranks x 2 sequences" in done.stdout
+    expected = {step: loss for step, loss in lab.logged(straight, "loss").items() if step <= lab.steps_per_epoch}
+    assert lab.logged(tmp_path / "tiny", "loss") == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_mini_batch_of_one_that_ran_out_of_memory_is_refused(lab: Any, tmp_path: Path, train_here: Any) -> None:
+    folder = RunFolder(tmp_path, "tiny")
+    folder.rule_out(1)
+    with pytest.raises(ValueError, match=rf"at mini_batch_size 1 in an earlier start.*remove {folder.too_many_file}"):
+        train_here(lab.flags(tmp_path))
