@@ -208,10 +208,15 @@ class Lab:
         self, module: str, arguments: list[str], nproc: int = 1, deadline_s: float = DEADLINE_S
     ) -> subprocess.CompletedProcess[str]:
         """Runs a module of the package to its end."""
+        return self.run_command(self.command(module, arguments, nproc), deadline_s)
+
+    def run_command(
+        self, command: list[str], deadline_s: float = DEADLINE_S, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.command(module, arguments, nproc),
+            command,
             cwd=REPOSITORY,
-            env=self.environment(),
+            env=self.environment() | environment,
             capture_output=True,
             text=True,
             timeout=deadline_s,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEADLINE_S, REPOSITORY
 
 from gpt2core.flags import TRY_AGAIN
 
@@ -19,10 +18,8 @@ TINY = "--context_length 8 --num_layers 1 --embd_size 16 --num_heads 1 --device 
 
 def run(lab: Any, *words: str) -> subprocess.CompletedProcess[str]:
     """Python with these arguments, of which several may be in one string."""
-    command = [sys.executable, *" ".join(words).split()]
-    return subprocess.run(
-        command, cwd=REPOSITORY, env=lab.environment(), capture_output=True, text=True, timeout=DEADLINE_S
-    )
+    done: subprocess.CompletedProcess[str] = lab.run_command([sys.executable, *" ".join(words).split()])
+    return done
 
 
 def test_the_optimizers_beside_each_other(lab: Any, tmp_path: Path) -> None:
