@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2core.device_trial import failure_of
+
 COMPUTE_FP32, FP32, BF16 = 68, 0, 14
 TRANSPOSE_A, EPILOGUE, BIAS_POINTER, AUX_POINTER, AUX_STRIDE = 3, 7, 8, 11, 12  # cublasLtMatmulDescAttributes_t
 GELU_AUX_BIAS, DGELU = 164, 192  # cublasLtEpilogue_t; both with the tanh form
@@ -182,10 +184,10 @@ def why_not(device: torch.device, width: int) -> str | None:
         return "no NVIDIA GPU"
     if width % ALIGNMENT:
         return f"width {width} is not a multiple of {ALIGNMENT}"
-    try:
+
+    def attempt() -> None:
         x, weight = (torch.zeros(rows, width, dtype=torch.bfloat16, device=device) for rows in (16, 4 * width))
         _, z = linear_gelu(x, weight, weight.new_zeros(4 * width))
         gelu_gradient(x, weight.view(width, 4 * width), z)
-    except (OSError, RuntimeError, AttributeError) as error:
-        return str(error)
-    return None
+
+    return failure_of(attempt)

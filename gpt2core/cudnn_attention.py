@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt2core.device_trial import failure_of
+
 try:
     import cudnn
 except ImportError:  # comes with the extra `gpu`
@@ -149,9 +151,9 @@ def why_not(device: torch.device, heads: int, size: int) -> str | None:
         return "no NVIDIA GPU"
     if cudnn is None:
         return "nvidia-cudnn-frontend is not installed (the extra gpu)"
-    try:
+
+    def attempt() -> None:
         qkv = torch.zeros(1, 64, 3, heads, size, dtype=torch.bfloat16, device=device, requires_grad=True)
         attention(qkv).sum().backward()
-    except Exception as error:  # cudnn-frontend has exceptions of its own
-        return str(error)
-    return None
+
+    return failure_of(attempt)

@@ -17,6 +17,7 @@ The head's factors are always known or cheap: its gradient is softmax - onehot, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,12 +28,12 @@ from torch import Tensor
 
 from gpt2core import fused_loss, kernels
 from gpt2core.config import ModelConfig, TrainConfig
+from gpt2core.device_trial import failure_of
 from gpt2core.distributed import Ranks
 from gpt2core.fp8_cast import E4M3, E5M2, MULTIPLE, cast_into, check_kernels, power_of_two, product
 from gpt2core.fp8_linear import MLP8, Linear8, Mode, RowwiseLinear8, Scale, Weight, head_loss
 from gpt2core.fp8_scaling import DelayedScaling
 from gpt2core.model import GPT, Block, Linear
-from gpt2core.storage import first_line
 
 CAPABILITY = (8, 9)  # the first with FP8 tensor cores: Ada; then Hopper 9.0, Blackwell 10.x and 12.x
 
@@ -206,6 +207,7 @@ def refuse_fp8(train: TrainConfig, model: ModelConfig, device: torch.device) -> 
         raise ValueError(f"precision {train.precision}: {why}; use --precision bf16{instead}")
 
 
+@functools.cache
 def why_not(device: torch.device, model: ModelConfig, recipe: str, emulate: bool = False) -> str | None:
     """Why a model cannot train in FP8 on this device; None when it can: small products are tried."""
     for name, size in (("embd_size", model.embd_size), ("vocab_size", model.vocab_size)):
@@ -221,21 +223,14 @@ def why_not(device: torch.device, model: ModelConfig, recipe: str, emulate: bool
     if not fused_loss.HAS_TRITON:
         return "Triton is not installed"
     name = torch.cuda.get_device_name(device)
-    try:
-        check_kernels(device)
-        _try_products(device, rowwise=False)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # Triton has errors of its own
+    failure = failure_of(lambda: check_kernels(device)) or failure_of(lambda: _try_products(device, rowwise=False))
+    if failure:
         hint = "; TRITON_PTXAS_PATH and TRITON_PTXAS_BLACKWELL_PATH may name a newer ptxas"
-        return f"torch {torch.__version__} cannot compute in FP8 on {name}: {first_line(error)}{hint}"
-    try:
-        if recipe == "rowwise":
-            _try_products(device, rowwise=True)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError) as error:
-        return f"torch {torch.__version__} cannot scale rows on {name} ({first_line(error)}), but --fp8_recipe delayed works there"
+        return f"torch {torch.__version__} cannot compute in FP8 on {name}: {failure}{hint}"
+    if recipe == "rowwise" and (failure := failure_of(lambda: _try_products(device, rowwise=True))):
+        return (
+            f"torch {torch.__version__} cannot scale rows on {name} ({failure}), but --fp8_recipe delayed works there"
+        )
     return None
 
 

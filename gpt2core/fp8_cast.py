@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2core import fused_loss
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # of a product's inner dimension and of its columns, which torch._scaled_mm asks for
 
@@ -133,17 +135,14 @@ def check_kernels(device: torch.device) -> None:
 
     Raises what Triton raises where it cannot compile for this GPU; RuntimeError where what it compiled is wrong.
     """
-    from gpt2core import fused_loss
-
     rows, columns = 128, 192  # multiples of 64 are compiled for on their own; blocks are 64 or 128 wide
     random = torch.Generator(device).manual_seed(0)
     x, other = torch.randn(2, rows, columns, device=device, generator=random).bfloat16()
     with_infinity = x.index_fill(0, torch.tensor([3], device=device), torch.inf)
     targets = torch.randint(columns, (rows,), device=device, generator=random)
-    losses, log_sums = fused_loss.loss_rows(x, targets)
-    exact = F.cross_entropy(x.float(), targets, reduction="none")
-    if not torch.allclose(losses, exact, rtol=1e-4, atol=1e-4):
-        raise RuntimeError("Triton compiles the loss wrongly")
+    if device.type == "cuda":
+        fused_loss.check_kernel(device)
+    _, log_sums = fused_loss.loss_rows(x, targets)
     kinds: list[tuple[What, Tensor, Tensor | None, bool, bool]] = [  # as they are used: of what, a gradient, with sums
         ("itself", x.float(), None, False, False),
         ("itself", x, None, False, False),

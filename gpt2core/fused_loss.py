@@ -12,7 +12,10 @@ import importlib.util
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from gpt2core.device_trial import failure_of
 
 ROWS = 16_384  # of logits at a time: 1.6 GB in bf16, and enough to fill any GPU
 # torch's wheels bring it along for NVIDIA and AMD GPUs only
@@ -92,9 +95,31 @@ def mean_loss(x: Tensor, weight: Tensor, targets: Tensor, rows: int = ROWS) -> T
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why the operation cannot be had on this device; None when it can."""
+    """Why the operation cannot be had on this device; None when it can: a small one is tried and compared with PyTorch,
+    for a compiler's fault would not show before the loss does."""
     if device.type != "cuda":
         return "no GPU"
     if not HAS_TRITON:
         return "Triton is not installed"
-    return None
+    return failure_of(lambda: check_kernel(device))
+
+
+def check_kernel(device: torch.device) -> None:
+    """Raises what Triton raises where it cannot compile for this GPU; RuntimeError where the kernel, with or without its
+    gradient, does not compute what PyTorch does."""
+    from gpt2core import triton_kernels
+
+    random = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(16, 192, device=device, generator=random).bfloat16()
+    targets = torch.randint(192, (16,), device=device, generator=random)
+    exact = logits.float().requires_grad_()
+    exact_losses = F.cross_entropy(exact, targets, reduction="none")
+    (exact_gradient,) = torch.autograd.grad(exact_losses.sum(), exact)
+    losses, _ = triton_kernels.loss_rows(logits, targets, None)
+    again, _ = triton_kernels.loss_rows(logits, targets, 1.0)  # over the logits
+    if not (
+        torch.equal(losses, again)
+        and torch.allclose(losses, exact_losses, rtol=1e-4, atol=1e-4)
+        and torch.allclose(logits.float(), exact_gradient, rtol=2**-7, atol=1e-6)  # a step of bf16
+    ):
+        raise RuntimeError("Triton compiles the loss wrongly")

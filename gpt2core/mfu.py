@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
-# Dense bf16 FLOP/s by the vendor's datasheets, without sparsity; the first name that a device's name holds counts.
+# Dense bf16 FLOP/s by the vendor's datasheets, without sparsity; the first name whose words a device's name holds counts.
 PEAK_FLOPS = {
     "B200": 2.25e15,
     "H200": 989e12,
     "GH200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
@@ -23,5 +26,10 @@ def peak_flops(device: torch.device) -> float | None:
     """Peak of the device in FLOP/s; None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    """Peak of a device of this name, such as 'NVIDIA H100 80GB HBM3', in FLOP/s; None where it is not known."""
+    words = re.split(r"[\s-]+", name)
+    return next((peak for known, peak in PEAK_FLOPS.items() if set(known.split()) <= set(words)), None)

@@ -17,7 +17,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from gpt2core.checkpoint_folder import LATEST, ROLLING, CheckpointFolder
-from gpt2core.config import LaunchConfig, RunConfig
+from gpt2core.config import LaunchConfig, RunConfig, TrainConfig
 from gpt2core.launch import num_processes
 from gpt2core.ports import taken
 from gpt2core.run_folder import RunFolder
@@ -46,13 +46,13 @@ class Finding:
 def claim_run(config: RunConfig, launched: LaunchConfig, force: bool = False) -> None:
     """Writes the run's config.json, after the checks that need no data: before hours of preparation, not after.
 
-    Raises ValueError when the batch does not divide, a GPU, its FP8 or the file of HellaSwag is not there, or, without `force`,
+    Raises ValueError when the batch does not divide, a GPU, the kernels it must have or the file of HellaSwag is not there, or, without `force`,
     the folder holds a run with other settings.
     """
     config.grad_accum_steps(launched.nnodes * num_processes(launched.nproc_per_node, config.train.device))
     _hellaswag(config)
-    if config.train.precision.startswith("fp8"):
-        _fp8(config)
+    if _is_choosy(config.train):
+        _kernels(config)
     RunFolder.of(config).claim(config, force)
 
 
@@ -214,7 +214,7 @@ def examine_machine(config: RunConfig, launched: LaunchConfig) -> list[Finding]:
     """What the run needs of the machine beside data and disk: GPUs, ports, packages."""
     return [
         _checked("GPUs", lambda: _gpus(config, launched)),
-        *([_checked("FP8", lambda: _fp8(config))] if config.train.precision.startswith("fp8") else []),
+        *([_checked("kernels", lambda: _kernels(config))] if _is_choosy(config.train) else []),
         _checked("ports", lambda: _ports(launched)),
         _checked("packages", lambda: _packages()),
     ]
@@ -242,16 +242,27 @@ def _gpus(config: RunConfig, launched: LaunchConfig) -> Finding | str:
     return text
 
 
-def _fp8(config: RunConfig) -> str:
+def _is_choosy(train: TrainConfig) -> bool:
+    """Whether it asks for what not every device has, and must not be replaced."""
+    return train.precision.startswith("fp8") or train.kernels == "fused"
+
+
+def _kernels(config: RunConfig) -> str:
     """Asked in a process of its own, so that no memory of a GPU is held here. Raises ValueError where it cannot be had."""
     code = (
         "import sys\n"
         "from gpt2core.config import RunConfig\n"
-        "from gpt2core.distributed import pick_device\n"
+        "from gpt2core.distributed import make_deterministic, pick_device, pick_dtype\n"
         "from gpt2core.fp8 import refuse_fp8\n"
+        "from gpt2core.kernels import pick_kernels\n"
         "config = RunConfig.model_validate_json(sys.stdin.read())\n"
+        "train, model = config.train, config.model\n"
+        "if train.deterministic:\n"
+        "    make_deterministic()\n"
         "try:\n"
-        "    refuse_fp8(config.train, config.model, pick_device(config.train.device))\n"
+        "    device = pick_device(train.device)\n"
+        "    refuse_fp8(train, model, device)\n"
+        "    pick_kernels(train.kernels, device, pick_dtype(train.precision, device), model)\n"
         "except ValueError as error:\n"
         "    sys.exit(str(error))\n"
     )
@@ -259,7 +270,7 @@ def _fp8(config: RunConfig) -> str:
     asked = subprocess.run(command, input=config.model_dump_json(), capture_output=True, text=True, check=False)
     if asked.returncode:
         raise ValueError(asked.stderr.strip().split("\n")[-1])
-    return f"{config.train.precision} can be had"
+    return f"precision {config.train.precision}, kernels {config.train.kernels}: can be had"
 
 
 def _ports(launched: LaunchConfig) -> Finding | str:

@@ -132,7 +132,7 @@ def _train(
             trainer.describe_batch(),
             f"device: {describe(ranks)}",
             f"kernels: {trainer.kernels.note}",
-            *([trainer.fp8.describe()] if trainer.fp8 else []),
+            trainer.describe_precision(),
             trainer.optimizer.describe(),
             *_start(loaded_after_s),
             origin,
@@ -234,6 +234,9 @@ def restore(
     before, now = state["data"]["fingerprint"], trainer.loader.sequences.fingerprint
     if before != now:
         origin += f"; WARNING: on other data than before, as accepted: fingerprint {before[:12]} -> {now[:12]}"
+    precision_before, precision = state["config"]["train"].get("precision", "auto"), trainer.config.train.precision
+    if precision_before != precision:
+        origin += f"; WARNING: with another precision than before, as forced: {precision_before} -> {precision}"
     if optimizer_of(state) != trainer.config.train.optimizer:
         origin += f"; WARNING: with another optimizer than before, as forced: {optimizer_of(state)} -> {trainer.config.train.optimizer}, moments from zero"
     return origin

@@ -95,6 +95,12 @@ class Trainer:
             f"x {self.ranks.world_size} ranks x {self.mini_batch_size} sequences{note}"
         )
 
+    def describe_precision(self) -> str:
+        if self.fp8:
+            return self.fp8.describe()
+        names = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+        return f"precision: activations in {names[self.raw_model.compute_dtype]}, weights and moments in fp32"
+
     # --- the story ---
 
     def fit(self, stop_step: int, stop: StopRequest, log: MetricsLog | None, saver: Saver | None) -> None:

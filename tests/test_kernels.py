@@ -168,6 +168,17 @@ def test_what_cannot_work_is_refused_when_forced() -> None:
     assert kernels.pick_kernels("plain", gpu, torch.bfloat16, model) is kernels.PLAIN
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a GPU lacks is shown where there is none")
+def test_a_gpu_without_them_gets_what_there_is_and_is_refused_when_they_are_forced() -> None:
+    model, gpu = ModelConfig(embd_size=64, num_heads=2), torch.device("cuda", 0)
+    chosen = kernels.pick_kernels("auto", gpu, torch.bfloat16, model)
+    assert chosen.linear is kernels.fused_linear, "which is PyTorch's own arithmetic"
+    assert (chosen.mean_loss, chosen.mlp, chosen.attention) == (kernels.mean_loss, kernels.mlp, kernels.attention)
+    assert chosen.note.startswith("fused weight gradients in fp32; PyTorch's for loss (Triton): ")
+    with pytest.raises(ValueError, match=r"kernels fused: loss \(Triton\): .*GELU \(cuBLASLt\): .*use --kernels auto"):
+        kernels.pick_kernels("fused", gpu, torch.bfloat16, model)
+
+
 @on_gpu
 def test_widths_without_a_fused_gelu_keep_the_other_kernels() -> None:
     model, gpu = ModelConfig(embd_size=60, num_heads=6), torch.device("cuda", 0)

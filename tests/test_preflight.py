@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,29 @@ def test_a_machine_without_a_gpu_is_a_warning_and_hides_nothing_else(tmp_path: P
 
 
 @pytest.mark.slow
-def test_fp8_that_cannot_be_had_is_found_before_the_data_is_prepared(tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize(
+    ("choice", "refusal"),
+    [
+        ({"precision": "fp8"}, "precision fp8: it needs an NVIDIA GPU .* use --precision bf16"),
+        ({"kernels": "fused"}, "kernels fused: they are for bf16 on an NVIDIA GPU, .* use --kernels auto"),
+    ],
+)
+def test_kernels_that_cannot_be_had_are_found_before_the_data_is_prepared(
+    choice: dict[str, str], refusal: str, tmp_path: Path, capsys: Any
+) -> None:
     demo = RECIPES["demo"]
-    train = demo.train.model_copy(update={"precision": "fp8", "device": "cpu"})
+    train = demo.train.model_copy(update={"device": "cpu", **choice})
     config = demo.model_copy(update={"artifacts_dir": str(tmp_path), "train": train})
-    with pytest.raises(ValueError, match=r"precision fp8: it needs an NVIDIA GPU .* use --precision bf16"):
+    with pytest.raises(ValueError, match=refusal):
         claim_run(config, LaunchConfig(nproc_per_node=1))
     assert list(tmp_path.iterdir()) == []
-    words = ["preflight", "--recipe", "demo", "--artifacts_dir", str(tmp_path), "--device", "cpu", "--precision", "fp8"]
-    gpt2(words)
-    assert "error   FP8       precision fp8: it needs an NVIDIA GPU" in capsys.readouterr().out
-    gpt2([*words, "--kernels", "plain"])
-    assert "ok      FP8       fp8 can be had" in capsys.readouterr().out
+    flags = [word for name, value in choice.items() for word in (f"--{name}", value)]
+    gpt2(["preflight", "--recipe", "demo", "--artifacts_dir", str(tmp_path), "--device", "cpu", *flags])
+    assert re.search(f"error   kernels   {refusal}", capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_fp8_that_is_emulated_can_be_had_anywhere(tmp_path: Path, capsys: Any) -> None:
+    words = ["preflight", "--recipe", "demo", "--artifacts_dir", str(tmp_path), "--device", "cpu"]
+    gpt2([*words, "--precision", "fp8", "--kernels", "plain"])
+    assert "ok      kernels   precision fp8, kernels plain: can be had" in capsys.readouterr().out

@@ -61,11 +61,21 @@ def test_a_precision_beside_another(lab: Any, tmp_path: Path) -> None:
     flags = f"--data_dir {lab.data_dir} {TINY} --warmup_steps 1 --eval_freq 1 --val_tokens 64 --kernels plain"
     done = run(lab, "tests/benchmarks/precision.py", options, flags)
     assert done.returncode == 0, done.stderr
-    bf16, fp8 = (lab.logged(tmp_path / f"{name}_seed1", "val_loss") for name in ("bf16", "fp8_tensorwise"))
+    bf16, fp8 = (lab.logged(tmp_path / f"{name}_seed1", "val_loss") for name in ("bf16", "fp8_tensorwise_to_2"))
     assert list(fp8) == [0, 1, 2], "it stops there"
     assert f"| bf16 | 1 | 3 | {bf16[3]:.4f} | +0.0000 |" in done.stdout
     assert f"| fp8, tensorwise | 1 | 2 | {fp8[2]:.4f} | {fp8[2] - bf16[2]:+.4f} |" in done.stdout
     assert (tmp_path / "precision.png").stat().st_size > 10_000
+
+
+def test_ways_that_cannot_be_compared_are_refused_before_anything_is_trained(lab: Any, tmp_path: Path) -> None:
+    flags = f"--folder {tmp_path} --steps 3 --data_dir {lab.data_dir} {TINY}"
+    for ways, refusal in {"bf16@2 fp8": "must go to the end", "bf16 fp9": "precision"}.items():
+        done = run(lab, "tests/benchmarks/precision.py", flags, f"--ways {ways}")
+        assert done.returncode == 1 and refusal in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("*_seed1"))
+    alone = run(lab, "tests/benchmarks/scaling.py --tiny --device cpu")
+    assert alone.returncode == 1 and "start it with torchrun" in alone.stderr
 
 
 def test_the_gradients_beside_those_of_fp32(lab: Any) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2core import fused_loss
 from gpt2core.fp8 import CAPABILITY
 from gpt2core.fp8_cast import E4M3, E5M2, MULTIPLE, cast, check_kernels, values_of
 from gpt2core.fused_loss import HAS_TRITON
@@ -175,6 +176,25 @@ def test_kernels_that_a_compiler_spoilt_are_found_at_the_start(monkeypatch: pyte
         monkeypatch.setattr(kernels, "cast", partial(wrong, spoilt=spoilt))
         with pytest.raises(RuntimeError, match="Triton compiles a kernel wrongly"):
             check_kernels(here)
+
+
+def test_a_loss_that_a_compiler_spoilt_is_found_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = torch.device(DEVICE)
+    fused_loss.check_kernel(here)
+    right = kernels.loss_rows
+
+    def wrong(logits: Tensor, targets: Tensor, scale: float | None, spoilt: str) -> tuple[Tensor, Tensor]:
+        losses, log_sums = right(logits, targets, scale)
+        if spoilt == "losses":
+            losses *= 1.001
+        if spoilt == "gradient" and scale is not None:
+            logits[3, 5] *= 1.05
+        return losses, log_sums
+
+    for spoilt in ("losses", "gradient"):
+        monkeypatch.setattr(kernels, "loss_rows", partial(wrong, spoilt=spoilt))
+        with pytest.raises(RuntimeError, match="Triton compiles the loss wrongly"):
+            fused_loss.check_kernel(here)
 
 
 has_fp8 = DEVICE == "cuda" and torch.cuda.get_device_capability() >= CAPABILITY

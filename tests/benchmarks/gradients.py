@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from precision import contender
-from torch import Tensor, nn
+from precision import way
+from torch import Tensor
 
 from gpt2core.config import RunConfig
 from gpt2core.distributed import Ranks, pick_device
-from gpt2core.flags import run_config
+from gpt2core.flags import main_guard, run_config
 from gpt2core.train_command import add_arguments
 from gpt2core.trainer import Trainer
 
 FP32_SUMS = "plain:fp32_sums"
 FP32 = {"precision": "fp32", "kernels": "plain", "compile": "off"}
-FP32_IS_LARGER = 8  # at most, in memory: the mini-batch is cut by as much
 NO_CLIPPING = 1e9
 GROUPS = ("all", "wte", "wpe", "c_attn.weight", "attn.c_proj.weight", "c_fc.weight", "mlp.c_proj.weight", "bias", "ln_")
 
@@ -40,8 +40,17 @@ def in_group(name: str, group: str) -> bool:
 
 
 def trainer_of(config: RunConfig, device: torch.device, **changes: Any) -> Trainer:
-    train = config.train.model_copy(update={"hellaswag_freq": 0, **changes})
-    return Trainer(RunConfig.model_validate(config.model_dump() | {"train": train.model_dump()}), Ranks(0, 1, device))
+    """As the flags say, but for how it computes."""
+    train = config.train.model_dump(exclude={"precision", "fp8_recipe"}) | {"hellaswag_freq": 0} | changes
+    return Trainer(RunConfig.model_validate(config.model_dump() | {"train": train}), Ranks(0, 1, device))
+
+
+def reference(config: RunConfig, device: torch.device) -> Trainer:
+    """In fp32, whose mini-batch is halved three times where it can be: it takes more memory."""
+    sizes = config.mini_batch_sizes(1)
+    wanted = config.train.mini_batch_size
+    size = wanted if wanted == "auto" else sizes[min(3, len(sizes) - 1)]
+    return trainer_of(config, device, **FP32, grad_clip=NO_CLIPPING, mini_batch_size=size)
 
 
 def gradients(trainer: Trainer, weights: dict[str, Tensor], data: dict[str, Any]) -> dict[str, Tensor]:
@@ -52,11 +61,8 @@ def gradients(trainer: Trainer, weights: dict[str, Tensor], data: dict[str, Any]
         trainer.fp8.load_state_dict({})  # the factors are found anew
     trainer.loader.load_state_dict(copy.deepcopy(data))
     trainer.train_step()
-    return {name: parameter.grad.double() for name, parameter in named(trainer) if parameter.grad is not None}
-
-
-def named(trainer: Trainer) -> list[tuple[str, nn.Parameter]]:
-    return list(trainer.raw_model.named_parameters())
+    named = trainer.raw_model.named_parameters()
+    return {name: parameter.grad.double() for name, parameter in named if parameter.grad is not None}
 
 
 def compared(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> list[str]:
@@ -71,6 +77,28 @@ def compared(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> list[str]:
     return cells
 
 
+def rows(config: RunConfig, device: torch.device, names: list[str], after: list[int]) -> Iterator[str]:
+    """A line of the table for each of the ways at each of the steps."""
+    first = trainer_of(config, device, **way(names[0]).flags)
+    trainers = {
+        name: trainer_of(config, device, **way(name.removesuffix(":fp32_sums")).flags, grad_clip=NO_CLIPPING)
+        for name in names
+    }
+    in_fp32 = reference(config, device)
+    for stop in sorted(after):
+        while first.step < stop:
+            first.train_step()
+            first.step += 1
+        place = copy.deepcopy((first.raw_model.state_dict(), first.loader.state_dict()))
+        torch.set_float32_matmul_precision("highest")
+        exact = gradients(in_fp32, *place)
+        torch.set_float32_matmul_precision("high")
+        for name, trainer in trainers.items():
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = name != FP32_SUMS
+            yield f"| {name} | {stop} | {' | '.join(compared(gradients(trainer, *place), exact))} |"
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--after", type=int, nargs="+", default=[0], help="steps")
@@ -78,35 +106,11 @@ def main() -> None:
     add_arguments(parser)
     arguments = parser.parse_args()
     config = run_config(arguments)
-    device = pick_device(config.train.device)
-    size = int(config.train.mini_batch_size)
-    first = trainer_of(config, device, **contender(arguments.ways[0]).flags)
-    ways = {
-        way: trainer_of(config, device, **contender(way.removesuffix(":fp32_sums")).flags, grad_clip=NO_CLIPPING)
-        for way in arguments.ways
-    }
-    reference = trainer_of(
-        config, device, **FP32, grad_clip=NO_CLIPPING, mini_batch_size=max(1, size // FP32_IS_LARGER)
-    )
-    lines = []
-    for stop in sorted(arguments.after):
-        while first.step < stop:
-            first.train_step()
-            first.step += 1
-        weights = {name: value.clone() for name, value in first.raw_model.state_dict().items()}
-        place = weights, first.loader.state_dict()
-        torch.set_float32_matmul_precision("highest")
-        exact = gradients(reference, *place)
-        torch.set_float32_matmul_precision("high")
-        for way, trainer in ways.items():
-            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = way != FP32_SUMS
-            cells = compared(gradients(trainer, *place), exact)
-            lines.append(f"| {way} | {stop} | {' | '.join(cells)} |")
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    lines = list(rows(config, pick_device(config.train.device), arguments.ways, arguments.after))
     print(f"| way | after step | {' | '.join(GROUPS)} |")
     print("|---" * (2 + len(GROUPS)) + "|")
     print("\n".join(lines))
 
 
 if __name__ == "__main__":
-    main()
+    main_guard(main)

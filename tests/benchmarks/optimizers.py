@@ -14,22 +14,22 @@ import argparse
 from itertools import product
 from pathlib import Path
 
-from trainings import Contender, Curve, Trainings
+from trainings import Curve, Trainings, Way
 
 from gpt2core.flags import TRY_AGAIN, main_guard
 
 OPTIMIZERS = ("adamw", "muon")
 
 
-def adamw(lr: float, min_lr_ratio: float) -> Contender:
+def adamw(lr: float, min_lr_ratio: float) -> Way:
     flags = {"optimizer": "adamw", "max_lr": lr, "min_lr": min_lr_ratio * lr}
-    return Contender(f"adamw_{lr:g}", f"AdamW {lr:g}", flags)
+    return Way(f"adamw_{lr:g}", f"AdamW {lr:g}", flags)
 
 
-def muon(lr: float, max_lr: float, qkv: str, min_lr_ratio: float) -> Contender:
+def muon(lr: float, max_lr: float, qkv: str, min_lr_ratio: float) -> Way:
     label = f"Muon {lr:g} (AdamW {max_lr:g}, qkv {qkv})"
     flags = {"optimizer": "muon", "max_lr": max_lr, "muon_lr": lr, "muon_qkv": qkv, "min_lr": min_lr_ratio * max_lr}
-    return Contender(f"muon_{lr:g}_{max_lr:g}_{qkv}", label, flags)
+    return Way(f"muon_{lr:g}_{max_lr:g}_{qkv}", label, flags)
 
 
 def first_step_at(curve: Curve, loss: float) -> int | None:
@@ -41,14 +41,14 @@ class Contest:
     def __init__(self, arguments: argparse.Namespace, train_flags: list[str]) -> None:
         self.arguments, self.trainings = arguments, Trainings(arguments, train_flags)
         rates = product(arguments.muon_lrs, arguments.muon_max_lrs, arguments.muon_qkv)
-        contenders = [adamw(lr, arguments.min_lr_ratio) for lr in arguments.adamw_lrs]
-        contenders += [muon(*one, arguments.min_lr_ratio) for one in rates]
-        self.tuned = [Curve(arguments.folder, contender, arguments.seeds[0]) for contender in contenders]
+        ways = [adamw(lr, arguments.min_lr_ratio) for lr in arguments.adamw_lrs]
+        ways += [muon(*one, arguments.min_lr_ratio) for one in rates]
+        self.tuned = [Curve(arguments.folder, way, arguments.seeds[0]) for way in ways]
 
-    def best(self, optimizer: str) -> Contender:
+    def best(self, optimizer: str) -> Way:
         """Of lowest final loss with the first seed."""
-        own = [curve for curve in self.tuned if curve.contender.flags["optimizer"] == optimizer]
-        return min(own, key=lambda curve: self.final(curve)).contender
+        own = [curve for curve in self.tuned if curve.way.flags["optimizer"] == optimizer]
+        return min(own, key=lambda curve: self.final(curve)).way
 
     def pairs(self) -> list[tuple[Curve, Curve]]:
         """The best AdamW's and the best Muon's run of each seed."""
@@ -69,7 +69,7 @@ class Contest:
         lines = ["| optimizer | seed | final validation loss |", "|---|---|---|"]
         further = [curve for pair in pairs[1:] for curve in pair]
         for curve in [*self.tuned, *further]:
-            lines.append(f"| {curve.contender.label} | {curve.seed} | {self.final(curve):.4f} |")
+            lines.append(f"| {curve.way.label} | {curve.seed} | {self.final(curve):.4f} |")
         columns = ["seed", "AdamW's final loss", "Muon's", "steps, AdamW", "Muon to AdamW's loss", "share"]
         columns += ["seconds, AdamW", "Muon to AdamW's loss", "share"]
         lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -94,19 +94,19 @@ class Contest:
 
         figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
         best = {optimizer: self.best(optimizer) for optimizer in OPTIMIZERS}
-        others = [curve for curve in self.tuned if curve.contender not in best.values()]
+        others = [curve for curve in self.tuned if curve.way not in best.values()]
         for curve in [*others, *(curve for pair in self.pairs() for curve in pair)]:
-            is_best = curve.contender in best.values()
+            is_best = curve.way in best.values()
             first = curve.seed == self.arguments.seeds[0]
             points = {step: loss for step, loss in curve.val_losses.items() if step}
             axes.plot(
                 list(points),
                 list(points.values()),
-                color="tab:blue" if curve.contender.flags["optimizer"] == "adamw" else "tab:orange",
+                color="tab:blue" if curve.way.flags["optimizer"] == "adamw" else "tab:orange",
                 linestyle="-" if first else "--",
                 linewidth=1.6 if is_best else 0.6,
                 alpha=1.0 if is_best else 0.5,
-                label=f"{curve.contender.label}, seed {curve.seed}" if is_best else None,
+                label=f"{curve.way.label}, seed {curve.seed}" if is_best else None,
             )
         axes.set(xlabel="step", ylabel="validation loss (nats a token)", title="thin: the other settings")
         axes.grid(alpha=0.3)

@@ -15,19 +15,22 @@ import argparse
 import statistics
 from pathlib import Path
 
-from trainings import Contender, Curve, Trainings
+from trainings import Curve, Trainings, Way
 
+from gpt2core.config import TrainConfig
 from gpt2core.flags import TRY_AGAIN, main_guard
 
 
-def contender(way: str) -> Contender:
-    way, _, stop = way.partition("@")
-    stops_at = int(stop) if stop else None
-    if way == "plain":
-        return Contender(way, "bf16, PyTorch's own kernels", {"precision": "bf16", "kernels": "plain"}, stops_at)
-    precision, _, recipe = way.partition(":")
-    flags = {"precision": precision} | ({"fp8_recipe": recipe} if recipe else {})
-    return Contender(way.replace(":", "_"), way.replace(":", ", "), flags, stops_at)
+def way(wanted: str) -> Way:
+    """Raises ValueError when it is none."""
+    name, _, stop = wanted.partition("@")
+    flags, label = {"precision": "bf16", "kernels": "plain"}, "bf16, PyTorch's own kernels"
+    if name != "plain":
+        precision, _, recipe = name.partition(":")
+        flags, label = {"precision": precision} | ({"fp8_recipe": recipe} if recipe else {}), name.replace(":", ", ")
+    TrainConfig.model_validate(flags)
+    file_name = wanted.replace(":", "_").replace("@", "_to_")
+    return Way(file_name, label, flags, int(stop) if stop else None)
 
 
 def differences(mine: dict[int, float], others: dict[int, float], after: int) -> list[float]:
@@ -48,12 +51,12 @@ def table(curves: list[list[Curve]], steps: int) -> str:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for runs in curves:
         for run, base in zip(runs, curves[0], strict=True):
-            end = run.contender.stop or steps
+            end = run.way.stop or steps
             late = 2 * end // 3
             val = differences(run.val_losses, base.val_losses, after=0)
             train = differences(run.logged("loss"), base.logged("loss"), after=late)
             norms = [norm for step, norm in run.logged("grad_norm").items() if step > late]
-            cells = [run.contender.label, run.seed, end, f"{run.val_losses[end]:.4f}", f"{val[-1]:+.4f}"]
+            cells = [run.way.label, run.seed, end, f"{run.val_losses[end]:.4f}", f"{val[-1]:+.4f}"]
             cells += [f"{max(val, key=abs):+.4f}", f"{statistics.mean(train):+.4f}", f"{statistics.mean(norms):.3f}"]
             cells += [int(sum(run.logged("fp8_saturated").values()))]
             cells += [f"{statistics.median(run.logged('step_ms').values()):.1f}"]
@@ -73,9 +76,9 @@ def draw(curves: list[list[Curve]], path: Path) -> None:
             look = {"color": f"C{number}", "linestyle": "-" if run is runs[0] else "--"}
             steps = [step for step in run.val_losses if step]
             apart = [run.val_losses[step] - base.val_losses[step] for step in steps]
-            losses.plot(steps, apart, label=f"{run.contender.label}, seed {run.seed}", **look)
+            losses.plot(steps, apart, label=f"{run.way.label}, seed {run.seed}", **look)
             norms.plot(*zip(*run.logged("grad_norm").items(), strict=True), linewidth=0.6, alpha=0.7, **look)
-    losses.set(xlabel="step", ylabel="nats a token", title=f"validation loss above {curves[0][0].contender.label}'s")
+    losses.set(xlabel="step", ylabel="nats a token", title=f"validation loss above {curves[0][0].way.label}'s")
     norms.set(xlabel="step", title="gradient norm", yscale="log")
     figure.legend(loc="outside right center")
     figure.savefig(path, dpi=120)
@@ -87,7 +90,12 @@ def main() -> int:
     parser.add_argument("--ways", nargs="+", default=["bf16", "fp8"])
     arguments, train_flags = parser.parse_known_args()
     trainings = Trainings(arguments, train_flags)
-    curves = [[Curve(arguments.folder, contender(way), seed) for seed in arguments.seeds] for way in arguments.ways]
+    ways = [way(wanted) for wanted in arguments.ways]
+    if ways[0].stop:
+        raise ValueError(
+            f"--ways {arguments.ways[0]}: the others are compared with the first, which must go to the end"
+        )
+    curves = [[Curve(arguments.folder, one, seed) for seed in arguments.seeds] for one in ways]
     if not trainings.train_all(run for of_a_seed in zip(*curves, strict=True) for run in of_a_seed):
         return TRY_AGAIN
     found = table(curves, arguments.steps)

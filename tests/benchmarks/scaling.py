@@ -9,6 +9,7 @@ The same total batch in both, with all that a run's step has (train_step.py). Wh
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from train_step import Contender, configuration, ours
 
 from gpt2core.distributed import Ranks
+from gpt2core.flags import main_guard
 
 
 def settle(ranks: Ranks) -> None:
@@ -47,6 +49,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="measured a round")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and batch, to see that it runs")
     arguments = parser.parse_args()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        raise ValueError(
+            "one process has nothing to be compared with: start it with torchrun --nproc_per_node=2 or more"
+        )
     torch.set_float32_matmul_precision("high")
     ranks = Ranks.join(arguments.device)
     alone = Ranks(0, 1, ranks.device)
@@ -80,4 +86,4 @@ def show(single: Contender, together: Contender, ranks: Ranks, tokens: int) -> N
 
 
 if __name__ == "__main__":
-    main()
+    main_guard(main)

@@ -23,7 +23,7 @@ FIXED = "--hellaswag_freq 0 --sample_freq 0 --histogram_freq 0 --log_freq 1 --ke
 
 
 @dataclass(frozen=True)
-class Contender:
+class Way:
     name: str  # of its runs
     label: str
     flags: dict[str, Any]  # in which it differs from the others
@@ -33,9 +33,9 @@ class Contender:
 class Curve:
     """A run as its metrics.jsonl has it."""
 
-    def __init__(self, folder: Path, contender: Contender, seed: int) -> None:
-        self.contender, self.seed = contender, seed
-        self.run = RunFolder(folder, f"{contender.name}_seed{seed}")
+    def __init__(self, folder: Path, way: Way, seed: int) -> None:
+        self.way, self.seed = way, seed
+        self.run = RunFolder(folder, f"{way.name}_seed{seed}")
 
     def logged(self, name: str) -> dict[int, float]:
         return {line["step"]: line[name] for line in self.run.metrics() if name in line}
@@ -57,9 +57,10 @@ class Trainings:
         self.steps_per_epoch = arguments.steps
         self.deadline = time.monotonic() + arguments.seconds if arguments.seconds else None
         self.at_once = arguments.at_once
-        self.free_gpus: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.free_gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         for gpu in range(self.at_once):
-            self.free_gpus.put(gpu)
+            self.free_gpus.put(visible[gpu] if gpu < len(visible) and visible[gpu] else str(gpu))
         self.folder.mkdir(parents=True, exist_ok=True)
 
     @staticmethod
@@ -76,7 +77,7 @@ class Trainings:
         """Whether all runs are at their end."""
         curves = list(curves)
         # a run can stop at the end of an epoch
-        self.steps_per_epoch = math.gcd(self.steps, *(curve.contender.stop or 0 for curve in curves))
+        self.steps_per_epoch = math.gcd(self.steps, *(curve.way.stop or 0 for curve in curves))
         with ThreadPoolExecutor(self.at_once) as pool:
             ended = list(pool.map(self.train, curves))
         if not all(ended):
@@ -85,20 +86,20 @@ class Trainings:
 
     def train(self, curve: Curve) -> bool:
         """Whether the run is at its end, after some training where it was not; False when the time is up before."""
-        stop = curve.contender.stop or self.steps
+        stop = curve.way.stop or self.steps
         if stop in curve.val_losses:
             return True
         if self.deadline and time.monotonic() >= self.deadline:
             return False
         command = [sys.executable, "-m", "gpt2core.cli", "train", *FIXED.split(), *self.train_flags]
-        command += [f"--{name}={value}" for name, value in curve.contender.flags.items()]
+        command += [f"--{name}={value}" for name, value in curve.way.flags.items()]
         epochs = self.steps // self.steps_per_epoch
         command += [f"--num_epochs={epochs}", f"--steps_per_epoch={self.steps_per_epoch}"]
         command += [f"--stop_epoch={stop // self.steps_per_epoch}", f"--seed={curve.seed}", "--resume=latest"]
         command += [f"--artifacts_dir={self.folder}", f"--run_name={curve.run.path.name}"]
-        print(f"{curve.contender.label}, seed {curve.seed}", flush=True)
+        print(f"{curve.way.label}, seed {curve.seed}", flush=True)
         gpu = self.free_gpus.get()
-        own_gpu = {"CUDA_VISIBLE_DEVICES": str(gpu)} if self.at_once > 1 else {}
+        own_gpu = {"CUDA_VISIBLE_DEVICES": gpu} if self.at_once > 1 else {}
         with (self.folder / f"{curve.run.path.name}.txt").open("a") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | own_gpu)
             try:
