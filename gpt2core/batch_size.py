@@ -39,7 +39,8 @@ def fitting_mini_batch_size(model: nn.Module, config: RunConfig, ranks: Ranks) -
         hopeless = ranks.any(*(expected_bytes(config.model, size) > HEADROOM * free for size in sizes))
         sizes = [size for size, too_large in zip(sizes, hopeless, strict=True) if not too_large] or sizes[-1:]
     for size in sizes:
-        if not ranks.any(not _fits(model, config, ranks.device, size))[0]:
+        accum_steps = config.grad_accum_steps(ranks.world_size, size)
+        if not ranks.any(not _fits(model, config, ranks.device, size, accum_steps))[0]:
             return size
         if ranks.is_main:
             tell(
@@ -77,16 +78,15 @@ def expected_bytes(model: ModelConfig, size: int) -> int:
     return STATE_BYTES * model.num_parameters() + size * activations
 
 
-def _fits(model: nn.Module, config: RunConfig, device: torch.device, size: int) -> bool:
+def _fits(model: nn.Module, config: RunConfig, device: torch.device, size: int, accum_steps: int) -> bool:
     """Takes a step's first micro-steps of so many sequences, with room kept for the optimizer. Leaves gradients, random
     numbers and the other ranks alone."""
     try:
         moments = torch.empty(ADAM_BYTES * config.model.num_parameters(), dtype=torch.uint8, device=device)
-        tokens = torch.zeros(size, config.model.context_length, dtype=torch.int64, device=device)
-        for micro_step in range(2):  # the second has the gradients of the first beside its own
-            accumulate(
-                model, tokens, tokens.clone(), micro_step, 3
-            )  # one tensor for both would be compiled for that alone
+        inputs = torch.zeros(size, config.model.context_length, dtype=torch.int64, device=device)
+        targets = inputs.clone()  # one tensor for both would be compiled for that alone
+        for micro_step in range(min(2, accum_steps)):  # the second has the gradients of the first beside its own
+            accumulate(model, inputs, targets, micro_step, 3)  # of three, so that neither is the last
         torch.cuda.synchronize(device)
         del moments
         return True

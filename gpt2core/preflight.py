@@ -46,8 +46,8 @@ class Finding:
 def claim_run(config: RunConfig, launched: LaunchConfig, force: bool = False) -> None:
     """Writes the run's config.json, after the checks that need no data: before hours of preparation, not after.
 
-    Raises ValueError when the batch does not divide, a GPU, the kernels it must have or the file of HellaSwag is not there, or, without `force`,
-    the folder holds a run with other settings.
+    Raises ValueError when the batch does not divide, a GPU, the kernels it must have or the file of HellaSwag is not there,
+    or, without `force`, the folder holds a run with other settings.
     """
     config.grad_accum_steps(launched.nnodes * num_processes(launched.nproc_per_node, config.train.device))
     _hellaswag(config)

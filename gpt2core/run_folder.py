@@ -30,9 +30,7 @@ class RunFolder:
         self.attempts_file = self.path / "attempts.json"
         self.starts_file = self.path / "starts.json"
         self.heartbeat_file = self.path / "heartbeat.json"
-        self.too_many_file = (
-            self.path / "too_many_sequences.json"
-        )  # as a mini-batch, for the memory of this machine's GPUs
+        self.too_many_file = self.path / "too_many_sequences.json"  # for the memory of this machine's GPUs
 
         self.last_step: float = math.inf  # numbers beyond it are left out
         self._config: RunConfig | None = None

@@ -7,7 +7,8 @@
 `ours` is the trainer as a run has it: shards from disk, clipping, the schedule, the logs, TensorBoard; with --precision also
 in other ones, with the recipe behind a colon. --profile lists the kernels of a step of each of these. The others do what
 their own scripts do in a step (forward and backward under autocast in bf16, accumulation, clipping, fused AdamW) on tokens
-that lie on the device already. MFU counts the model's FLOPs as PaLM does (Chowdhery et al. 2022, appendix B). `plain` is a GPT-2 as the textbooks write it, compiled. nanoGPT is taken from a checkout.
+that lie on the device already. `plain` is a GPT-2 as the textbooks write it, compiled. nanoGPT is taken from a checkout.
+MFU counts the model's FLOPs as PaLM does (Chowdhery et al. 2022, appendix B).
 """
 
 from __future__ import annotations
