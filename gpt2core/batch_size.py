@@ -6,7 +6,9 @@ next start takes fewer.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -15,7 +17,9 @@ from gpt2core.accumulation import accumulate
 from gpt2core.config import ModelConfig, RunConfig
 from gpt2core.distributed import Ranks
 from gpt2core.launch import tell
+from gpt2core.memory_limit import rule_out, too_many_sequences
 from gpt2core.run_folder import RunFolder
+from gpt2core.storage import first_line
 
 ADAM_BYTES = 8  # a parameter: two fp32 moments, which the optimizer makes at its first step
 STATE_BYTES = 8 + ADAM_BYTES  # a parameter: fp32 weight, gradient and moments
@@ -55,14 +59,14 @@ def fitting_mini_batch_size(model: nn.Module, config: RunConfig, ranks: Ranks) -
 def _not_ruled_out(sizes: list[int], config: RunConfig, ranks: Ranks) -> list[int]:
     """Those below the one at which memory ran out in an earlier start, on any rank."""
     folder = RunFolder.of(config)
-    limit = min(ranks.gather(folder.too_many_sequences() or math.inf))
+    limit = min(ranks.gather(too_many_sequences(folder) or math.inf))
     left = [size for size in sizes if size < limit]
     if left == sizes:
         return sizes
     if not left:
         raise ValueError(
-            f"memory ran out at mini_batch_size {limit} in an earlier start, and the total batch does not divide further: "
-            f"take a smaller model, or remove {folder.too_many_file} where that was another process's fault"
+            f"memory ran out at mini_batch_size {limit} in an earlier start, and halving {sizes[0]} leads to no smaller one: "
+            f"give a smaller --mini_batch_size, or auto, or remove {folder.too_many_file} where that was another process's fault"
         )
     if ranks.is_main:
         tell(
@@ -70,6 +74,24 @@ def _not_ruled_out(sizes: list[int], config: RunConfig, ranks: Ranks) -> list[in
             f"(until {folder.too_many_file} is removed)"
         )
     return left
+
+
+@contextlib.contextmanager
+def fewer_when_memory_runs_out(config: RunConfig, ranks: Ranks, size: int, step: int) -> Iterator[None]:
+    """Around a step with so many sequences at once: where the GPU's memory runs out in it, the run's next start takes half.
+
+    Raises BlockingIOError then, since it may pass.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        ran_out = f"the GPU's memory ran out at step {step} with mini_batch_size {size}"
+        if all(other >= size for other in config.mini_batch_sizes(ranks.world_size)):
+            raise BlockingIOError(f"{ran_out}, and there is no smaller one ({first_line(error)})") from None
+        rule_out(RunFolder.of(config), size)
+        raise BlockingIOError(
+            f"{ran_out}; started again, the run takes at most half of that, at the same total batch ({first_line(error)})"
+        ) from None
 
 
 def expected_bytes(model: ModelConfig, size: int) -> int:

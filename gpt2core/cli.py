@@ -46,6 +46,7 @@ def data(argv: list[str]) -> int:
 
 def train(argv: list[str]) -> int:
     from gpt2core import launch, train_command
+    from gpt2core.memory_limit import too_many_sequences
     from gpt2core.preflight import preflight
     from gpt2core.run_folder import RunFolder
 
@@ -63,13 +64,18 @@ def train(argv: list[str]) -> int:
     torchrun_flags = launched.torchrun_flags(nproc, config.run_name)
     command = launch.python_command("gpt2core.train", _without_launch_flags(argv), torchrun_flags)
     folder = RunFolder.of(config)
-    while True:
-        too_many = folder.too_many_sequences()
-        code = launch.run_in_foreground(command, nproc, under_torchrun=bool(torchrun_flags))
-        ran_out_of_memory = code == TRY_AGAIN and folder.too_many_sequences() != too_many
-        if not ran_out_of_memory or arguments.resume not in (None, "latest"):
-            return code
-        command = [*command, "--resume", "latest"]  # with a smaller mini-batch
+    too_many = too_many_sequences(folder)
+
+    def with_a_smaller_mini_batch(code: int) -> list[str] | None:
+        """The command once more, where memory ran out; several machines must be started together, and another checkpoint
+        than the latest is taken only once."""
+        nonlocal too_many
+        before, too_many = too_many, too_many_sequences(folder)
+        ran_out = code == TRY_AGAIN and too_many != before
+        can_go_on = launched.nnodes == 1 and arguments.resume in (None, "latest")
+        return [*command, "--resume", "latest"] if ran_out and can_go_on else None
+
+    return launch.run_in_foreground(command, nproc, bool(torchrun_flags), with_a_smaller_mini_batch)
 
 
 def _without_launch_flags(argv: list[str]) -> list[str]:

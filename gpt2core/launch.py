@@ -173,8 +173,13 @@ def _kill(process: subprocess.Popen[str]) -> None:
     kill(below)
 
 
-def run_in_foreground(command: list[str], nproc: int, under_torchrun: bool) -> int:
-    """Runs a trainer for a person at a terminal: Ctrl+C or SIGTERM lets it save, and then counts as a clean end."""
+def run_in_foreground(
+    command: list[str], nproc: int, under_torchrun: bool, next_command: Callable[[int], list[str] | None]
+) -> int:
+    """Runs a trainer for a person at a terminal: Ctrl+C or SIGTERM lets it save, and then counts as a clean end.
+
+    When it has ended by itself, `next_command` may give another command for its exit code.
+    """
 
     def leave(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one that follows must not cut the saving short
@@ -182,7 +187,11 @@ def run_in_foreground(command: list[str], nproc: int, under_torchrun: bool) -> i
 
     signal.signal(signal.SIGTERM, leave)
     try:
-        return run(command, tell, nproc)
+        while True:
+            code = run(command, tell, nproc)
+            if (again := next_command(code)) is None:
+                return code
+            command = again
     except Stopped as stopped:
         if stopped.exit_code == -signal.SIGKILL:
             tell(

@@ -15,7 +15,7 @@ LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (.*)")
 BEGIN = re.compile(
     r"resumed from .* at step (?P<step>\d+) of \d+|(no checkpoint in .* yet: )?starting (afresh|from the weights in )"
 )
-STOPPED = re.compile(r"(\w+): saved at step \d+")
+STOPPED = re.compile(r"(\w+|a signal to another rank): saved at step \d+")
 END = re.compile(r"at step \d+ of \d+$")
 
 

@@ -9,6 +9,7 @@ import torch
 # Dense bf16 FLOP/s by the vendor's datasheets, without sparsity; the first name whose words a device's name holds counts.
 PEAK_FLOPS = {
     "B200": 2.25e15,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "GH200": 989e12,
     "H100 PCIe": 756e12,

@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 
 from gpt2core.checkpoint_folder import LATEST, ROLLING, CheckpointFolder
 from gpt2core.config import LaunchConfig, RunConfig, TrainConfig
+from gpt2core.flags import TRY_AGAIN
 from gpt2core.launch import num_processes
 from gpt2core.ports import taken
 from gpt2core.run_folder import RunFolder
@@ -250,7 +251,7 @@ def _is_choosy(train: TrainConfig) -> bool:
 def _kernels(config: RunConfig) -> str:
     """Asked in a process of its own, so that no memory of a GPU is held here. Raises ValueError where it cannot be had."""
     code = (
-        "import sys\n"
+        "import sys, torch\n"
         "from gpt2core.config import RunConfig\n"
         "from gpt2core.distributed import make_deterministic, pick_device, pick_dtype\n"
         "from gpt2core.fp8 import refuse_fp8\n"
@@ -265,9 +266,13 @@ def _kernels(config: RunConfig) -> str:
         "    pick_kernels(train.kernels, device, pick_dtype(train.precision, device), model)\n"
         "except ValueError as error:\n"
         "    sys.exit(str(error))\n"
+        "except torch.OutOfMemoryError:\n"
+        f"    sys.exit({TRY_AGAIN})\n"
     )
     command = [sys.executable, "-c", code]
     asked = subprocess.run(command, input=config.model_dump_json(), capture_output=True, text=True, check=False)
+    if asked.returncode == TRY_AGAIN:
+        raise BlockingIOError("another process has the GPU's memory, so that its kernels cannot be tried")
     if asked.returncode:
         raise ValueError(asked.stderr.strip().split("\n")[-1])
     return f"precision {config.train.precision}, kernels {config.train.kernels}: can be had"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from copy import copy
 from pathlib import Path
@@ -76,16 +75,6 @@ class RunFolder:
                 )
         if not self.config_file.exists() or self.config_file.read_text(encoding="utf-8") != _to_json(config):
             write_text(self.config_file, _to_json(config))
-
-    def too_many_sequences(self) -> int | None:
-        """The mini-batch at which memory ran out; None where it never did."""
-        if not self.too_many_file.exists():
-            return None
-        return int(json.loads(self.too_many_file.read_text(encoding="utf-8"))["mini_batch_size"])
-
-    def rule_out(self, mini_batch_size: int) -> None:
-        """Keeps in mind that memory ran out with so many sequences."""
-        write_text(self.too_many_file, json.dumps({"mini_batch_size": mini_batch_size}) + "\n")
 
     def was_claimed_for(self, optimizer: str) -> bool:
         """Whether config.json is there and names this optimizer."""

@@ -108,7 +108,10 @@ def _train(
     ranks.on_main(lambda: refuse_fp8(config.train, config.model, ranks.device))
     torch.set_float32_matmul_precision("high")  # TF32 for what is fp32 on the GPU
     keep_compiled_kernels()
-    trainer = Trainer(config, ranks)
+    try:
+        trainer = Trainer(config, ranks)
+    except torch.OutOfMemoryError as error:
+        raise BlockingIOError(f"the GPU has too little memory left to make ready ({first_line(error)})") from None
     warnings: list[str] = []
 
     def warn(message: str) -> None:
@@ -119,6 +122,13 @@ def _train(
     # a forced start under the pipeline has written config.json already, and is not forced again at each resume
     (new_optimizer, *_) = ranks.gather(force or folder.was_claimed_for(config.train.optimizer))
     origin = restore(trainer, checkpoints, resume, warn, accept_changed_data, new_optimizer)
+    if ranks.any(stop.signal is not None)[
+        0
+    ]:  # it came while the processes made themselves ready: nothing has changed yet
+        if ranks.is_main:
+            tell(f"{stop.name}: ended before a step was made; the same command starts again from here")
+        _leave(trainer)
+        return
     ranks.on_main(lambda: folder.claim(config, force, trainer.step / trainer.steps_per_epoch))
     log = saver = None
     if ranks.is_main:
@@ -153,8 +163,12 @@ def _train(
             log.finish(trainer.step, {name: value for name, value in results.items() if value is not None})
         log.say(f"at step {trainer.step} of {trainer.max_steps}")
         log.close()
+    _leave(trainer)
+
+
+def _leave(trainer: Trainer) -> None:
     trainer.loader.close()
-    ranks.leave()
+    trainer.ranks.leave()
 
 
 def _start(loaded_after_s: float | None) -> list[str]:
@@ -183,11 +197,7 @@ def _fit(trainer: Trainer, stop_step: int, stop: StopRequest, log: MetricsLog | 
     try:
         trainer.fit(stop_step, stop, log, saver)
     except torch.OutOfMemoryError as error:
-        RunFolder.of(trainer.config).rule_out(trainer.mini_batch_size)
-        raise BlockingIOError(
-            f"the GPU's memory ran out at step {trainer.step} with mini_batch_size {trainer.mini_batch_size}; started again "
-            f"with --resume latest, the run goes on with half of it at the same total batch ({first_line(error)})"
-        ) from None
+        raise BlockingIOError(f"the GPU's memory ran out beside training, at step {trainer.step} ({error})") from None
     finally:
         if saver:
             saver.finish()

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt2core import heartbeat
 from gpt2core.accumulation import accumulate
-from gpt2core.batch_size import fitting_mini_batch_size
+from gpt2core.batch_size import fewer_when_memory_runs_out, fitting_mini_batch_size
 from gpt2core.checkpoint import Saver, check_same_model
 from gpt2core.checkpoint_folder import BEST, FORMAT, epoch_name
 from gpt2core.code_version import code_version
@@ -104,22 +104,19 @@ class Trainer:
     # --- the story ---
 
     def fit(self, stop_step: int, stop: StopRequest, log: MetricsLog | None, saver: Saver | None) -> None:
-        """Trains until `stop_step` steps are done or a signal asks to stop; both end with a checkpoint of the steps made.
+        """Trains until `stop_step` steps are done or a signal asks to stop; both end with a checkpoint.
 
         Only rank 0 has a log and a saver. Raises FloatingPointError when update after update is not finite.
         """
         train = self.config.train
-        if self.ranks.any(stop.signal is not None)[0]:  # it came while this process made itself ready
-            if log:
-                log.say(f"{stop.name}: ended before a step was made; go on with --resume latest")
-            return
         if self.step == 0:
             self.validate(log)
         self.saved_at = self.now()
         self.step_log.begin(self.step)
         stopped = overdue = False
         while self.step < stop_step and not stopped:
-            result = self.train_step()
+            with fewer_when_memory_runs_out(self.config, self.ranks, self.mini_batch_size, self.step):
+                result = self.train_step()
             heartbeat.under_way()
             self.step += 1
             at_end_of_epoch = self.step % self.steps_per_epoch == 0

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from gpt2core import lock
 from gpt2core.batch_size import expected_bytes, fitting_mini_batch_size
 from gpt2core.config import ModelConfig, RunConfig, TrainConfig
 from gpt2core.distributed import Ranks
+from gpt2core.flags import TRY_AGAIN
+from gpt2core.memory_limit import rule_out, too_many_sequences
 from gpt2core.model import GPT
 from gpt2core.run_folder import RunFolder
+from gpt2core.trainer import Trainer
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a CPU's memory does not run out so")
 
@@ -95,9 +100,28 @@ def test_auto_takes_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert fitting_mini_batch_size(model, run, ranks) == 64
 
 
-# A GPU whose memory runs out at step 2, once: torch's own error where a step has its gradients.
+def test_what_is_only_measured_is_measured_sixteen_at_once(lab: Any) -> None:
+    """There the logits exist as a whole, which in training they need not."""
+    assert [config(size).batch_size_without_gradients() for size in ("auto", 64, 16, 8)] == [16, 16, 16, 8]
+    groups: dict[str, Any] = lab.parameters(Path("unused"), mini_batch_size=32, total_batch_size=32 * 32)
+    shape = {name: groups[name] for name in ("model", "data", "train", "evaluation")}
+    trainer = Trainer(RunConfig.model_validate(shape), Ranks(0, 1, torch.device("cpu")))
+    sizes, forward = [], trainer.forward
+
+    def counting(inputs: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        sizes.append(len(inputs))
+        return forward(inputs, *arguments, **options)
+
+    trainer.forward = counting  # type: ignore[assignment]
+    trainer.validate(None)
+    trainer.loader.close()
+    assert trainer.mini_batch_size == 32 and set(sizes) == {16}
+
+
+# A GPU whose memory runs out at step 2, once: torch's own error where a step has its gradients. With `signalled` what
+# started the trainer is told to stop in that step.
 SHORT_OF_MEMORY = """
-import os, sys
+import os, signal, sys
 if "gpt2core.train" in sys.orig_argv and os.environ.get("RANK", "0") == "0":
     import torch
     calls, clip = [], torch.nn.utils.clip_grad_norm_
@@ -105,19 +129,32 @@ if "gpt2core.train" in sys.orig_argv and os.environ.get("RANK", "0") == "0":
         calls.append(arguments)
         if len(calls) == 2 and not os.path.exists({marker!r}):
             open({marker!r}, "w").close()
+            if {signalled}:
+                os.kill(os.getppid(), signal.SIGTERM)
+                signal.sigwait([signal.SIGTERM])
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return clip(*arguments, **options)
     torch.nn.utils.clip_grad_norm_ = short_of_memory
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM] if {signalled} else [])
 """
+
+
+@pytest.fixture
+def short_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    def make(signalled: bool = False) -> None:
+        code = SHORT_OF_MEMORY.format(marker=str(tmp_path / "ran_out"), signalled=signalled)
+        (tmp_path / "sitecustomize.py").write_text(code)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    return make
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_a_run_whose_memory_runs_out_goes_on_with_half_the_mini_batch(
-    lab: Any, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nproc: int
+    lab: Any, straight: Path, tmp_path: Path, short_of_memory: Callable[[], None], nproc: int
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(SHORT_OF_MEMORY.format(marker=str(tmp_path / "ran_out")))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    short_of_memory()
     flags = [*lab.flags(tmp_path, mini_batch_size=4, checkpoint_freq=0), "--stop_epoch", "1"]
     done = lab.run("gpt2core.cli", ["train", "--nproc_per_node", nproc, *flags])
     assert done.returncode == 0, done.stdout + done.stderr
@@ -128,8 +165,59 @@ def test_a_run_whose_memory_runs_out_goes_on_with_half_the_mini_batch(
     assert lab.logged(tmp_path / "tiny", "loss") == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_mini_batch_of_one_that_ran_out_of_memory_is_refused(lab: Any, tmp_path: Path, train_here: Any) -> None:
+@pytest.mark.slow
+def test_who_is_told_to_stop_does_not_start_again(
+    lab: Any, tmp_path: Path, short_of_memory: Callable[[bool], None]
+) -> None:
+    short_of_memory(True)
+    done = lab.run("gpt2core.cli", ["train", *lab.flags(tmp_path, mini_batch_size=4)])
+    assert done.returncode == TRY_AGAIN, done.stdout + done.stderr
+    assert list(lab.logged(tmp_path / "tiny", "loss")) == [1]
+
+
+@pytest.mark.slow
+def test_another_reason_to_try_again_is_none_to_start_again(lab: Any, tmp_path: Path) -> None:
+    with lock.hold(tmp_path / "tiny" / lock.LOCK_FILE):
+        done = lab.run("gpt2core.cli", ["train", *lab.flags(tmp_path)])
+    assert done.returncode == TRY_AGAIN and done.stdout.count("error, which may pass") == 1, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_was_named_is_not_exchanged_for_the_latest(
+    lab: Any, straight: Path, tmp_path: Path, short_of_memory: Callable[[], None]
+) -> None:
+    lab.copy_run(straight, tmp_path)
+    short_of_memory()
+    flags = lab.flags(tmp_path, mini_batch_size=4, checkpoint_freq=0, num_epochs=3)
+    done = lab.run("gpt2core.cli", ["train", *flags, "--resume", "epoch_00001", "--force"])
+    assert done.returncode == TRY_AGAIN, done.stdout + done.stderr
+    assert "ran out at step 13" in done.stdout and "resumed from" in done.stdout
+    assert too_many_sequences(RunFolder(tmp_path, "tiny")) == 4
+
+
+@pytest.mark.slow
+def test_one_sequence_that_ran_out_of_memory_is_no_less_the_next_time(
+    lab: Any, tmp_path: Path, short_of_memory: Callable[[], None]
+) -> None:
+    short_of_memory()
+    flags = [*lab.flags(tmp_path, mini_batch_size=1), "--stop_epoch", "1"]
+    done = lab.run("gpt2core.cli", ["train", *flags])
+    assert done.returncode == TRY_AGAIN and "there is no smaller one" in done.stdout, done.stdout + done.stderr
+    assert too_many_sequences(RunFolder(tmp_path, "tiny")) is None
+    lab.train([*flags, "--resume", "latest"])
+
+
+def test_sizes_that_cannot_be_halved_below_what_ran_out_are_refused(lab: Any, tmp_path: Path, train_here: Any) -> None:
     folder = RunFolder(tmp_path, "tiny")
-    folder.rule_out(1)
+    rule_out(folder, 1)
     with pytest.raises(ValueError, match=rf"at mini_batch_size 1 in an earlier start.*remove {folder.too_many_file}"):
         train_here(lab.flags(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "5", '{"mini_batch_size": 0}', '{"mini_batch_size": null}'])
+def test_a_file_that_does_not_say_what_ran_out_is_named(content: str, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, "tiny")
+    folder.path.mkdir()
+    folder.too_many_file.write_text(content)
+    with pytest.raises(ValueError, match=rf"^{folder.too_many_file} does not say .*: remove it$"):
+        too_many_sequences(folder)

@@ -19,6 +19,7 @@ from gpt2core import attempts, lock
 from gpt2core.checkpoint_folder import CheckpointFolder
 from gpt2core.cli import run
 from gpt2core.config import RunConfig
+from gpt2core.log_history import starts
 from gpt2core.preflight import preflight
 from gpt2core.run_folder import RunFolder
 from gpt2core.status import find_runs, status_of
@@ -347,3 +348,16 @@ def test_the_lines_of_long_work_become_bars_and_end() -> None:
     assert re.search(r"tokenizing.*12%.*1,000 tokens, 500 tokens/s, 0:00:07 left", done.stdout)
     assert re.search(r"HellaSwag, batches.*25%.*3 of 12", done.stdout)
     assert "done [x]" in done.stdout
+
+
+def test_a_start_that_another_rank_was_told_to_end_is_known_as_stopped(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, "run")
+    folder.log_file.parent.mkdir(parents=True)
+    folder.log_file.write_text(
+        "2026-11-27 10:00:00 starting afresh, 10 steps to do\n"
+        "2026-11-27 10:00:01 step=5 loss=9.1\n"
+        "2026-11-27 10:00:02 a signal to another rank: saved at step 5; go on with --resume latest\n"
+        "2026-11-27 10:00:02 at step 5 of 10\n"
+    )
+    (only,) = starts(folder)
+    assert only.has_ended and only.error == "it was told to stop (a signal to another rank)"
