@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gpt2core.config import TrainConfig
 from gpt2core.flags import exit_code
+from gpt2core.launch import tell
 
 Value = TypeVar("Value")
 
@@ -124,6 +125,15 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "bf16" and device.type == "cuda" and not has_bf16:
         raise ValueError(f"precision bf16: {torch.cuda.get_device_name(device)} does not have it; use --precision fp32")
     return torch.bfloat16 if (has_bf16 and precision == "auto") or precision == "bf16" else torch.float32
+
+
+def dtype_to_measure_in(precision: str, device: torch.device) -> torch.dtype:
+    """That of the run's precision; fp32, with a loud word, where the GPU does not have it: that is no reason not to measure."""
+    try:
+        return pick_dtype(precision, device)
+    except ValueError as error:
+        tell(f"WARNING: computing in fp32, for {error}")
+        return torch.float32
 
 
 def make_deterministic() -> None:

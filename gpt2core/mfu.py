@@ -7,13 +7,12 @@ import re
 import torch
 
 # Dense bf16 FLOP/s by the vendor's datasheets, without sparsity; the first name whose words a device's name holds counts.
-PEAK_FLOPS = {
+PEAK_FLOPS: dict[str, float | None] = {
+    "NVL": None,  # slower than what they are named after; not looked up
     "B200": 2.25e15,
-    "H200 NVL": 835e12,
     "H200": 989e12,
     "GH200": 989e12,
     "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,

@@ -52,7 +52,7 @@ def claim_run(config: RunConfig, launched: LaunchConfig, force: bool = False) ->
     """
     config.grad_accum_steps(launched.nnodes * num_processes(launched.nproc_per_node, config.train.device))
     _hellaswag(config)
-    if _is_choosy(config.train):
+    if _insists_on_kernels(config.train):
         _kernels(config)
     RunFolder.of(config).claim(config, force)
 
@@ -215,7 +215,7 @@ def examine_machine(config: RunConfig, launched: LaunchConfig) -> list[Finding]:
     """What the run needs of the machine beside data and disk: GPUs, ports, packages."""
     return [
         _checked("GPUs", lambda: _gpus(config, launched)),
-        *([_checked("kernels", lambda: _kernels(config))] if _is_choosy(config.train) else []),
+        *([_checked("kernels", lambda: _kernels(config))] if _insists_on_kernels(config.train) else []),
         _checked("ports", lambda: _ports(launched)),
         _checked("packages", lambda: _packages()),
     ]
@@ -243,13 +243,14 @@ def _gpus(config: RunConfig, launched: LaunchConfig) -> Finding | str:
     return text
 
 
-def _is_choosy(train: TrainConfig) -> bool:
+def _insists_on_kernels(train: TrainConfig) -> bool:
     """Whether it asks for what not every device has, and must not be replaced."""
     return train.precision.startswith("fp8") or train.kernels == "fused"
 
 
 def _kernels(config: RunConfig) -> str:
-    """Asked in a process of its own, so that no memory of a GPU is held here. Raises ValueError where it cannot be had."""
+    """Asked in a process of its own, so that no memory of a GPU is held here. Raises ValueError where they cannot be had,
+    BlockingIOError where memory is short, which may pass."""
     code = (
         "import sys, torch\n"
         "from gpt2core.config import RunConfig\n"

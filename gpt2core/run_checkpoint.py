@@ -13,10 +13,9 @@ import torch
 from gpt2core.checkpoint import load
 from gpt2core.checkpoint_folder import BEST, CheckpointFolder
 from gpt2core.config import ModelConfig, RunConfig
-from gpt2core.distributed import pick_device, pick_dtype
+from gpt2core.distributed import dtype_to_measure_in, pick_device
 from gpt2core.flags import read_config
 from gpt2core.import_weights import config_of, read_huggingface
-from gpt2core.launch import tell
 from gpt2core.model import GPT
 from gpt2core.records import published_at
 from gpt2core.run_folder import RunFolder
@@ -52,12 +51,7 @@ class NamedCheckpoint:
     def model(self, device: str | torch.device = "auto", precision: str = "auto") -> GPT:
         """The model on its device, to be measured and not trained: it holds its weights as they are computed with."""
         on = pick_device(device) if isinstance(device, str) else device
-        try:
-            dtype = pick_dtype(precision, on)
-        except ValueError as error:  # what it was trained with is no reason not to measure it
-            tell(f"WARNING: computing in fp32, for {error}")
-            dtype = torch.float32
-        model = GPT(ModelConfig.model_validate(self.state["config"]["model"]), dtype)
+        model = GPT(ModelConfig.model_validate(self.state["config"]["model"]), dtype_to_measure_in(precision, on))
         model.load_state_dict(self.state["model"])
         model.to(on).eval().cast_weights()
         return model

@@ -122,9 +122,9 @@ def _train(
     # a forced start under the pipeline has written config.json already, and is not forced again at each resume
     (new_optimizer, *_) = ranks.gather(force or folder.was_claimed_for(config.train.optimizer))
     origin = restore(trainer, checkpoints, resume, warn, accept_changed_data, new_optimizer)
-    if ranks.any(stop.signal is not None)[
-        0
-    ]:  # it came while the processes made themselves ready: nothing has changed yet
+    # a signal that came while the processes made themselves ready; nothing has changed on disk yet
+    (is_told_to_stop,) = ranks.any(stop.signal is not None)
+    if is_told_to_stop:
         if ranks.is_main:
             tell(f"{stop.name}: ended before a step was made; the same command starts again from here")
         _leave(trainer)

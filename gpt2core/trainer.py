@@ -106,7 +106,8 @@ class Trainer:
     def fit(self, stop_step: int, stop: StopRequest, log: MetricsLog | None, saver: Saver | None) -> None:
         """Trains until `stop_step` steps are done or a signal asks to stop; both end with a checkpoint.
 
-        Only rank 0 has a log and a saver. Raises FloatingPointError when update after update is not finite.
+        Only rank 0 has a log and a saver. Raises FloatingPointError when update after update is not finite,
+        BlockingIOError when the GPU's memory runs out in one.
         """
         train = self.config.train
         if self.step == 0:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import REPOSITORY
 
 from gpt2core import lock
 from gpt2core.batch_size import expected_bytes, fitting_mini_batch_size
@@ -212,6 +214,43 @@ def test_sizes_that_cannot_be_halved_below_what_ran_out_are_refused(lab: Any, tm
     rule_out(folder, 1)
     with pytest.raises(ValueError, match=rf"at mini_batch_size 1 in an earlier start.*remove {folder.too_many_file}"):
         train_here(lab.flags(tmp_path))
+
+
+RULED_OUT_ON_ONE_RANK = """
+import sys
+from pathlib import Path
+from torch import nn
+from gpt2core.batch_size import fitting_mini_batch_size
+from gpt2core.config import ModelConfig, RunConfig, TrainConfig
+from gpt2core.distributed import Ranks
+from gpt2core.memory_limit import rule_out
+from gpt2core.run_folder import RunFolder
+
+ranks = Ranks.join("cpu")
+artifacts_dir = f"{sys.argv[1]}/{ranks.rank}"
+config = RunConfig(
+    artifacts_dir=artifacts_dir,
+    model=ModelConfig(context_length=32),
+    train=TrainConfig(total_batch_size=32 * 16, mini_batch_size=8),
+)
+if ranks.rank == 1:
+    folder = RunFolder.of(config)
+    folder.path.mkdir(parents=True)
+    rule_out(folder, 8)
+Path(artifacts_dir, "size.txt").parent.mkdir(parents=True, exist_ok=True)
+Path(artifacts_dir, "size.txt").write_text(str(fitting_mini_batch_size(nn.Module(), config, ranks)))
+ranks.leave()
+"""
+
+
+def test_what_one_machine_ruled_out_is_ruled_out_on_all(lab: Any, tmp_path: Path) -> None:
+    """Each rank with a run's folder of its own, as on machines without a shared file system."""
+    script = tmp_path / "fitting.py"
+    script.write_text(RULED_OUT_ON_ONE_RANK)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = lab.run_command([*torchrun, str(script), str(tmp_path)], PYTHONPATH=str(REPOSITORY))
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / str(rank) / "size.txt").read_text() for rank in range(2)] == ["4", "4"]
 
 
 @pytest.mark.parametrize("content", ["", "{}", "5", '{"mini_batch_size": 0}', '{"mini_batch_size": null}'])

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from gpt2core.config import ModelConfig
+from gpt2core.distributed import dtype_to_measure_in
 from gpt2core.evaluate import add_arguments, describe, evaluate
 from gpt2core.export import export_huggingface
 from gpt2core.loader import Sequences
@@ -292,3 +293,14 @@ def test_the_best_checkpoint_is_measured_too_where_it_is_earlier_than_the_epochs
         ["epoch_00001"],
         ["epoch_00002", "best"],
     ]
+
+
+def test_a_gpu_without_bf16_measures_in_fp32_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    for precision in ("bf16", "fp8"):
+        assert dtype_to_measure_in(precision, torch.device("cuda", 0)) == torch.float32
+        assert "WARNING: computing in fp32, for precision bf16: Tesla V100 does not have it" in capsys.readouterr().out
+    assert dtype_to_measure_in("bf16", torch.device("cpu")) == torch.bfloat16

@@ -11,11 +11,11 @@ from gpt2core.mfu import peak_of
     ("name", "peak"),
     [
         ("NVIDIA H200", 989e12),
-        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA H200 NVL", None),
         ("NVIDIA GH200 480GB", 989e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H100 NVL", None),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA L4", 121e12),
         ("NVIDIA L40S", 362e12),
