@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 
-def accumulate(model: nn.Module, inputs: Tensor, targets: Tensor, micro_step: int, accum_steps: int) -> Tensor:
+def accumulate(
+    alone: nn.Module, together: nn.Module, inputs: Tensor, targets: Tensor, micro_step: int, accum_steps: int
+) -> Tensor:
     """Adds a micro-step's share of the gradients to those of the micro-steps before; returns its share of the loss.
 
-    Ranks exchange gradients in the last micro-step alone, by DDP's hooks on autograd's own additions. The first one's
-    gradients become the sum as they are. In between all are added by a few kernels, where autograd takes one for each.
+    Ranks exchange gradients in the last micro-step, which runs `together`, by DDP's hooks on autograd's own additions; the
+    others run `alone`, the same model without DDP. The first one's gradients become the sum as they are. In between all
+    are added by a few kernels, where autograd takes one for each.
     """
     is_last = micro_step == accum_steps - 1
-    with contextlib.nullcontext() if is_last else _no_sync(model):
-        loss: Tensor = model(inputs, targets) / accum_steps
-        if micro_step == 0 or is_last:
-            loss.backward()
-        else:
-            parameters = list(model.parameters())
-            sums = [_gradient(parameter) for parameter in parameters]
-            torch._foreach_add_(sums, list(torch.autograd.grad(loss, parameters)))
+    model = together if is_last else alone
+    loss: Tensor = model(inputs, targets) / accum_steps
+    if micro_step == 0 or is_last:
+        loss.backward()
+    else:
+        parameters = list(model.parameters())
+        sums = [_gradient(parameter) for parameter in parameters]
+        torch._foreach_add_(sums, list(torch.autograd.grad(loss, parameters)))
     return loss.detach()
-
-
-def _no_sync(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Within it, backward passes keep their gradients to this rank."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -108,7 +108,7 @@ def _fits(model: nn.Module, config: RunConfig, device: torch.device, size: int, 
         inputs = torch.zeros(size, config.model.context_length, dtype=torch.int64, device=device)
         targets = inputs.clone()  # one tensor for both would be compiled for that alone
         for micro_step in range(min(2, accum_steps)):  # the second has the gradients of the first beside its own
-            accumulate(model, inputs, targets, micro_step, 3)  # of three, so that neither is the last
+            accumulate(model, model, inputs, targets, micro_step, 3)  # of three, so that neither is the last
         torch.cuda.synchronize(device)
         del moments
         return True

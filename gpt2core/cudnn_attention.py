@@ -1,7 +1,8 @@
 """Causal attention by cuDNN on queries, keys and values that lie packed in one tensor, as a block's c_attn makes them.
 
 PyTorch calls the same cuDNN kernels, but gets three gradients in tensors of their own, which must then be copied together
-for c_attn's backward pass. Through NVIDIA's cudnn-frontend, an optional package, they are written where they belong.
+for c_attn's backward pass. Through NVIDIA's cudnn-frontend, an optional package, they are written where they belong. On
+Hopper the backward pass can be FlashAttention's instead (flash_attention.py).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2core.device_trial import failure_of
+from gpt2core import hopper
+from gpt2core.device_trial import check_close, failure_of
 
 try:
     import cudnn
@@ -97,7 +99,7 @@ def _sizes(qkv: Tensor) -> tuple[int, int, int, int, int]:
 
 
 @torch.library.custom_op("gpt2core::packed_attention", mutates_args=(), device_types="cuda")
-def _packed_attention(qkv: Tensor) -> tuple[Tensor, Tensor]:
+def _packed_attention(qkv: Tensor, flash_backward: bool) -> tuple[Tensor, Tensor]:
     _, batch, length, heads, size = sizes = _sizes(qkv)
     out = qkv.new_empty(batch, length, heads, size)
     stats = torch.empty(batch, heads, length, 1, dtype=torch.float32, device=qkv.device)
@@ -107,41 +109,47 @@ def _packed_attention(qkv: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_packed_attention.register_fake
-def _(qkv: Tensor) -> tuple[Tensor, Tensor]:
+def _(qkv: Tensor, flash_backward: bool) -> tuple[Tensor, Tensor]:
     batch, length, _, heads, size = qkv.shape
     return qkv.new_empty(batch, length, heads, size), qkv.new_empty(batch, heads, length, 1, dtype=torch.float32)
 
 
 @torch.library.custom_op("gpt2core::packed_attention_backward", mutates_args=(), device_types="cuda")
-def _packed_attention_backward(gradient: Tensor, qkv: Tensor, out: Tensor, stats: Tensor) -> Tensor:
-    qkv = qkv.contiguous()
+def _packed_attention_backward(gradient: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, flash: bool) -> Tensor:
+    qkv, gradient = qkv.contiguous(), gradient.contiguous()
     qkv_gradient = torch.empty_like(qkv)
+    if flash:
+        from gpt2core import flash_attention
+
+        flash_attention.backward(gradient, qkv, out, stats.squeeze(-1), qkv_gradient)
+        return qkv_gradient
     values = _heads_first("q k v", qkv) | _heads_first("dq dk dv", qkv_gradient)
-    values |= {"o": out.transpose(1, 2), "dO": gradient.contiguous().transpose(1, 2), "stats": stats}
+    values |= {"o": out.transpose(1, 2), "dO": gradient.transpose(1, 2), "stats": stats}
     _execute(_backward_graph(*_sizes(qkv)), values)
     return qkv_gradient
 
 
 @_packed_attention_backward.register_fake
-def _(gradient: Tensor, qkv: Tensor, out: Tensor, stats: Tensor) -> Tensor:
+def _(gradient: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, flash: bool) -> Tensor:
     return torch.empty_like(qkv)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
+def _save(ctx: Any, inputs: tuple[Tensor, bool], output: tuple[Tensor, Tensor]) -> None:
+    qkv, ctx.flash_backward = inputs
+    ctx.save_for_backward(qkv, *output)
     ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx: Any, gradient: Tensor, _: None) -> Tensor:
-    return _packed_attention_backward(gradient, *ctx.saved_tensors)
+def _gradient(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor, None]:
+    return _packed_attention_backward(gradient, *ctx.saved_tensors, ctx.flash_backward), None
 
 
 _packed_attention.register_autograd(_gradient, setup_context=_save)
 
 
-def attention(qkv: Tensor) -> Tensor:
+def attention(qkv: Tensor, flash_backward: bool = False) -> Tensor:
     """Causal softmax attention, (B, T, H, D), of queries, keys and values packed in (B, T, 3, H, D), bf16."""
-    out, _ = _packed_attention(qkv)
+    out, _ = _packed_attention(qkv, flash_backward)
     return out
 
 
@@ -155,5 +163,21 @@ def why_not(device: torch.device, heads: int, size: int) -> str | None:
     def attempt() -> None:
         qkv = torch.zeros(1, 64, 3, heads, size, dtype=torch.bfloat16, device=device, requires_grad=True)
         attention(qkv).sum().backward()
+
+    return failure_of(attempt)
+
+
+def why_not_flash(device: torch.device, heads: int, size: int) -> str | None:
+    """Why the backward pass cannot be FlashAttention's; None when it can: it is compared with cuDNN's."""
+    if why := hopper.why_not(device, "flash_attn"):
+        return why
+
+    def attempt() -> None:
+        random = torch.Generator(device).manual_seed(0)
+        qkv = torch.randn(2, 200, 3, heads, size, dtype=torch.bfloat16, device=device, generator=random)
+        gradient = torch.randn(2, 200, heads, size, dtype=torch.bfloat16, device=device, generator=random)
+        out, stats = _packed_attention(qkv, True)
+        mine, cudnns = (_packed_attention_backward(gradient, qkv, out, stats, flash) for flash in (True, False))
+        check_close(mine, cudnns, "FlashAttention's gradient")
 
     return failure_of(attempt)

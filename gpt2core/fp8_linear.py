@@ -220,6 +220,7 @@ def _head_loss(
         of_logits = Rounded(row, column, gradient_inverse, unused)
         x_gradient[some] = _input_gradient(of_logits, weight, x.dtype, mode)
         weight_gradient += _weight_gradient(of_logits, of_x.column_major, of_x.inverse, mode)
+        del logits, row, column, of_logits  # the next ones take their place in memory
     return losses.mean(), x_gradient, weight_gradient
 
 

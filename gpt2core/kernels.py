@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2core import cublaslt, cudnn_attention, fused_loss
+from gpt2core import cublaslt, cudnn_attention, fused_loss, hopper
 from gpt2core.config import ModelConfig
 
 
@@ -61,27 +62,46 @@ class _Linear(torch.autograd.Function):
         )
 
 
+class GeluProducts(NamedTuple):
+    """A product with GELU behind it, and one times GELU's derivative with its column sums (quack_gelu.py)."""
+
+    linear_gelu: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    gelu_gradient: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 class _MLP(torch.autograd.Function):
     """`mlp` with the GELU and its derivative in the epilogues of the products beside it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, fc: Tensor, fc_bias: Tensor, proj: Tensor, proj_bias: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, fc: Tensor, fc_bias: Tensor, proj: Tensor, proj_bias: Tensor, products: GeluProducts
+    ) -> Tensor:
         fc, proj = fc.to(x.dtype), proj.to(x.dtype)
-        activated, z = cublaslt.linear_gelu(x, fc, fc_bias.to(x.dtype))
+        activated, z = products.linear_gelu(x, fc, fc_bias.to(x.dtype))
         ctx.save_for_backward(x, fc, proj, z, activated)
+        ctx.products = products
         return torch.addmm(proj_bias.to(x.dtype), activated, proj.T)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, fc, proj, z, activated = ctx.saved_tensors
-        z_gradient = cublaslt.gelu_gradient(gradient, proj, z)
+        z_gradient, z_sums = ctx.products.gelu_gradient(gradient, proj, z)
         return (
             z_gradient @ fc,
             weight_gradient(z_gradient, x),
-            z_gradient.sum(0, dtype=torch.float32),
+            z_sums,
             weight_gradient(gradient, activated),
             gradient.sum(0, dtype=torch.float32),
+            None,
         )
+
+
+def _gelu_gradient(gradient: Tensor, weight: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    found = cublaslt.gelu_gradient(gradient, weight, z)
+    return found, found.sum(0, dtype=torch.float32)
+
+
+CUBLASLT = GeluProducts(cublaslt.linear_gelu, _gelu_gradient)
 
 
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -91,15 +111,17 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out.view(*x.shape[:-1], -1)
 
 
-def fused_mlp(x: Tensor, fc: Tensor, fc_bias: Tensor, proj: Tensor, proj_bias: Tensor) -> Tensor:
+def fused_mlp(
+    x: Tensor, fc: Tensor, fc_bias: Tensor, proj: Tensor, proj_bias: Tensor, products: GeluProducts = CUBLASLT
+) -> Tensor:
     if not torch.is_grad_enabled():
         return mlp(x, fc, fc_bias, proj, proj_bias)
-    out: Tensor = _MLP.apply(x.flatten(0, -2), fc, fc_bias, proj, proj_bias)
+    out: Tensor = _MLP.apply(x.flatten(0, -2), fc, fc_bias, proj, proj_bias, products)
     return out.view_as(x)
 
 
-def fused_attention(qkv: Tensor) -> Tensor:
-    return cudnn_attention.attention(qkv) if torch.is_grad_enabled() else attention(qkv)
+def fused_attention(qkv: Tensor, flash_backward: bool = False) -> Tensor:
+    return cudnn_attention.attention(qkv, flash_backward) if torch.is_grad_enabled() else attention(qkv)
 
 
 @dataclass(frozen=True)
@@ -129,8 +151,8 @@ def pick_kernels(wanted: str, device: torch.device, dtype: torch.dtype, model: M
     parts: dict[str, tuple[str, Callable[..., Tensor], str | None]] = {
         "mean_loss": ("loss (Triton)", fused_loss.mean_loss, fused_loss.why_not(device)),
         "linear": ("weight gradients in fp32", fused_linear, None),
-        "mlp": ("GELU (cuBLASLt)", fused_mlp, cublaslt.why_not(device, model.embd_size)),
-        "attention": ("packed attention (cuDNN)", fused_attention, _why_not_attention(device, model)),
+        "mlp": _pick_mlp(device, model),
+        "attention": _pick_attention(device, model),
     }
     missing = "; ".join(f"{name}: {why_not}" for name, _, why_not in parts.values() if why_not)
     if wanted == "fused" and missing:
@@ -141,7 +163,31 @@ def pick_kernels(wanted: str, device: torch.device, dtype: torch.dtype, model: M
     return replace(PLAIN, note=note, **found)
 
 
-def _why_not_attention(device: torch.device, model: ModelConfig) -> str | None:
+def _pick_mlp(device: torch.device, model: ModelConfig) -> tuple[str, Callable[..., Tensor], str | None]:
+    why_not_quack = hopper.why_not(device, "quack")
+    if not why_not_quack:
+        from gpt2core import quack_gelu
+
+        why_not_quack = quack_gelu.why_not(device, model.embd_size)
+    if not why_not_quack:
+        products = GeluProducts(quack_gelu.linear_gelu, quack_gelu.gelu_gradient)
+        return "GELU (QuACK)", partial(fused_mlp, products=products), None
+    return f"GELU (cuBLASLt{_faster(device, why_not_quack)})", fused_mlp, cublaslt.why_not(device, model.embd_size)
+
+
+def _pick_attention(device: torch.device, model: ModelConfig) -> tuple[str, Callable[..., Tensor], str | None]:
+    heads, size = model.num_heads, model.embd_size // model.num_heads
     if torch.are_deterministic_algorithms_enabled():
-        return "cuDNN's backward pass adds in any order, and --deterministic was asked for"
-    return cudnn_attention.why_not(device, model.num_heads, model.embd_size // model.num_heads)
+        why_not = "cuDNN's backward pass adds in any order, and --deterministic was asked for"
+        return "packed attention (cuDNN)", fused_attention, why_not
+    if why_not_cudnn := cudnn_attention.why_not(device, heads, size):
+        return "packed attention (cuDNN)", fused_attention, why_not_cudnn
+    if why_not_flash := cudnn_attention.why_not_flash(device, heads, size):
+        return f"packed attention (cuDNN{_faster(device, why_not_flash)})", fused_attention, None
+    name = "packed attention (forward cuDNN, backward FlashAttention-4)"
+    return name, partial(fused_attention, flash_backward=True), None
+
+
+def _faster(device: torch.device, why_not: str) -> str:
+    """What to say of kernels that are made for this device and are not used."""
+    return f"; on Hopper another is faster: {why_not}" if hopper.is_hopper(device) else ""

@@ -18,7 +18,7 @@ from gpt2core.batch_size import fewer_when_memory_runs_out, fitting_mini_batch_s
 from gpt2core.checkpoint import Saver, check_same_model
 from gpt2core.checkpoint_folder import BEST, FORMAT, epoch_name
 from gpt2core.code_version import code_version
-from gpt2core.config import EvalConfig, RunConfig
+from gpt2core.config import EvalConfig, RunConfig, TrainConfig
 from gpt2core.distributed import Ranks, StopRequest, pick_dtype, use_compile
 from gpt2core.evaluation import validation_loss
 from gpt2core.fp8 import FP8, equip
@@ -34,6 +34,11 @@ from gpt2core.shards import SPLITS, cache_of, keep_here, open_shards
 from gpt2core.step_log import StepLog, StepResult
 
 SEQUENCES_TO_CALIBRATE = 4  # enough for FP8's first factors, which have room to spare, and sure to fit
+
+
+# Within DDP the model is compiled in several graphs, so that the exchange of one's gradients goes on while the next ones are
+# computed. torch.compile keeps these apart from the whole model's only where the options differ; this one is the default.
+IN_BUCKETS = {"triton.cudagraphs": False}
 
 
 class Trainer:
@@ -59,15 +64,12 @@ class Trainer:
         self.raw_model.to(ranks.device)
         self.fp8 = equip(self.raw_model, train, ranks)
         self.optimizer = build_optimizer(self.raw_model, train, ranks.rank, ranks.world_size)
-        compiled: nn.Module = self.raw_model
-        if use_compile(train, ranks.device):
-            compiled = torch.compile(self.raw_model, dynamic=False)  # type: ignore[assignment]
-        self.forward = compiled  # without DDP around it, for evaluation
-        self.model: nn.Module = compiled
+        self.alone = self.together = _compiled(self.raw_model, train, ranks)
         if ranks.world_size > 1:
             on = [ranks.device] if ranks.device.type == "cuda" else None
-            self.model = DistributedDataParallel(compiled, device_ids=on, gradient_as_bucket_view=True)
-        self.mini_batch_size = fitting_mini_batch_size(self.model, config, ranks)
+            in_buckets = _compiled(self.raw_model, train, ranks, IN_BUCKETS)
+            self.together = DistributedDataParallel(in_buckets, device_ids=on, gradient_as_bucket_view=True)
+        self.mini_batch_size = fitting_mini_batch_size(self.alone, config, ranks)
         self.accum_steps = config.grad_accum_steps(ranks.world_size, self.mini_batch_size)
         self.loader = Loader(
             sequences,
@@ -180,7 +182,7 @@ class Trainer:
             inputs, targets = self.loader.next_batch()  # each (B, T)
             if self.fp8 and not self.fp8.is_calibrated:
                 self._calibrate(self.fp8, inputs, targets)
-            loss += accumulate(self.model, inputs, targets, micro_step, self.accum_steps)
+            loss += accumulate(self.alone, self.together, inputs, targets, micro_step, self.accum_steps)
             heartbeat.beat()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), train.grad_clip)
         self._update(grad_norm)
@@ -205,7 +207,7 @@ class Trainer:
     def validate(self, log: MetricsLog | None) -> bool:
         """Measures the validation loss; True when it is the run's best so far."""
         self.val_loss = validation_loss(
-            lambda inputs, targets: self.forward(inputs, targets, reduction="none"),
+            lambda inputs, targets: self.alone(inputs, targets, reduction="none"),
             self.val_sequences,
             self.config.evaluation.val_tokens,
             min(self.mini_batch_size, self.config.batch_size_without_gradients()),
@@ -332,6 +334,12 @@ def steps_per_epoch(config: RunConfig, sequences: Sequences) -> int:
             f"fewer than the {config.sequences_per_step()} of one step: lower --total_batch_size"
         )
     return steps
+
+
+def _compiled(model: nn.Module, train: TrainConfig, ranks: Ranks, options: dict[str, Any] | None = None) -> nn.Module:
+    if not use_compile(train, ranks.device):
+        return model
+    return torch.compile(model, dynamic=False, options=options)  # type: ignore[return-value]
 
 
 def _hellaswag_questions(config: RunConfig) -> Questions | None:

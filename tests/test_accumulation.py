@@ -26,7 +26,7 @@ exchanged = []
 def counting(state, bucket):
     exchanged.append(bucket.index())
     return allreduce_hook(state, bucket)
-trainer.model.register_comm_hook(None, counting)
+trainer.together.register_comm_hook(None, counting)
 trainer.train_step()
 if ranks.is_main:
     print(trainer.accum_steps, "micro-steps", len(exchanged), "buckets", len(set(exchanged)), "of them different")

@@ -108,13 +108,13 @@ def test_what_is_only_measured_is_measured_sixteen_at_once(lab: Any) -> None:
     groups: dict[str, Any] = lab.parameters(Path("unused"), mini_batch_size=32, total_batch_size=32 * 32)
     shape = {name: groups[name] for name in ("model", "data", "train", "evaluation")}
     trainer = Trainer(RunConfig.model_validate(shape), Ranks(0, 1, torch.device("cpu")))
-    sizes, forward = [], trainer.forward
+    sizes, forward = [], trainer.alone
 
     def counting(inputs: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         sizes.append(len(inputs))
         return forward(inputs, *arguments, **options)
 
-    trainer.forward = counting  # type: ignore[assignment]
+    trainer.alone = counting  # type: ignore[assignment]
     trainer.validate(None)
     trainer.loader.close()
     assert trainer.mini_batch_size == 32 and set(sizes) == {16}

@@ -7,16 +7,18 @@ kernels themselves need a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2core import fused_loss, kernels
+from gpt2core import fused_loss, hopper, kernels
 from gpt2core.config import ModelConfig
 from gpt2core.model import GPT
 
+HOPPER = torch.device("cuda", 0)
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the kernels are CUDA's and Triton's")
 DEVICES = ["cpu", pytest.param("cuda", marks=on_gpu)]
 
@@ -92,6 +94,15 @@ def test_the_mlp(device: str, rows: int, width: int) -> None:
             random(width, device=device),
         ]
         check(kernels.fused_mlp, kernels.mlp, tensors, TOLERANCE[dtype])
+        if device == "cuda" and not hopper.why_not(HOPPER, "quack"):
+            check(with_quack(), kernels.mlp, tensors, TOLERANCE[dtype])
+
+
+def with_quack() -> Callable[..., Tensor]:
+    from gpt2core import quack_gelu
+
+    products = kernels.GeluProducts(quack_gelu.linear_gelu, quack_gelu.gelu_gradient)
+    return partial(kernels.fused_mlp, products=products)
 
 
 @on_gpu
@@ -102,6 +113,23 @@ def test_attention(batch: int, length: int, heads: int, size: int) -> None:
     pytest.importorskip("cudnn")
     qkv = random(batch, length, 3, heads, size, device="cuda", dtype=torch.bfloat16)
     check(kernels.fused_attention, kernels.attention, [qkv], TOLERANCE[torch.bfloat16])
+    if not hopper.why_not(HOPPER, "flash_attn"):
+        flash = partial(kernels.fused_attention, flash_backward=True)
+        check(flash, kernels.attention, [qkv], TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.skipif(not hopper.is_hopper(HOPPER), reason="needs a Hopper GPU, whose kernels these are")
+def test_hopper_gets_its_own_kernels_where_they_are_installed() -> None:
+    pytest.importorskip("quack")
+    pytest.importorskip("flash_attn.cute")
+    chosen = kernels.pick_kernels("fused", HOPPER, torch.bfloat16, ModelConfig(embd_size=128, num_heads=2))
+    assert "GELU (QuACK)" in chosen.note and "backward FlashAttention-4" in chosen.note
+    fused, plain = (losses(kind, "cuda", torch.bfloat16, True) for kind in (chosen, kernels.PLAIN))
+    assert fused == pytest.approx(plain, abs=0.02)
+
+
+def test_kernels_for_hopper_are_tried_on_hopper_alone() -> None:
+    assert hopper.why_not(torch.device("cpu"), "quack") == "it is for Hopper GPUs"
 
 
 @on_gpu
