@@ -6,12 +6,10 @@ one (docs/results.md). What goes from one to the other, the output and the logsu
 
 from __future__ import annotations
 
-import os
 import warnings
 
 from torch import Tensor
 
-os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # what is compiled once stays on disk
 warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)  # on compiling, about an argument that is not given
 from flash_attn.cute.interface import _flash_attn_bwd  # noqa: E402 - the public function has its own forward pass
 

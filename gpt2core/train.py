@@ -204,9 +204,12 @@ def _fit(trainer: Trainer, stop_step: int, stop: StopRequest, log: MetricsLog | 
 
 
 def keep_compiled_kernels() -> None:
-    """Where torch.compile keeps its work for the next start: by default it lies in /tmp and is gone after a reboot."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-pipeline" / "torchinductor"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    """Where compilers keep their work for the next start: by default it lies in /tmp and is gone after a reboot."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-pipeline"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "torchinductor"))
+    os.environ.setdefault("QUACK_CACHE_DIR", str(cache / "quack"))
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache / "flash_attention"))
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     import torch._functorch.config as functorch
 
     if hasattr(functorch, "autograd_cache_allow_custom_autograd_functions"):  # since torch 2.9; ours are pure

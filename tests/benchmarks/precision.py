@@ -74,7 +74,7 @@ def draw(curves: list[list[Curve]], path: Path) -> None:
     for number, runs in enumerate(curves):
         for run, base in zip(runs, curves[0], strict=True):
             look = {"color": f"C{number}", "linestyle": "-" if run is runs[0] else "--"}
-            steps = [step for step in run.val_losses if step]
+            steps = [step for step in run.val_losses if step and step in base.val_losses]
             apart = [run.val_losses[step] - base.val_losses[step] for step in steps]
             losses.plot(steps, apart, label=f"{run.way.label}, seed {run.seed}", **look)
             norms.plot(*zip(*run.logged("grad_norm").items(), strict=True), linewidth=0.6, alpha=0.7, **look)
