@@ -2,7 +2,7 @@
 layouts that matrix products want, with its largest magnitude and, for the gradient of a bias, the sums of its columns.
 
 Formats are e4m3 (largest number 448) for activations and weights and e5m2 (57,344) for gradients, as in Micikevicius et al.
-2022, "FP8 formats for deep learning". What is beyond the largest number becomes the largest number; an infinity becomes
+2022, "FP8 formats for deep learning". Numbers go to the nearest one, but those of the softmax gradient: `dithered`. What is beyond the largest number becomes the largest number; an infinity becomes
 NaN, so that the update is left out as in any other precision. Factors are powers of two: they add no rounding of their own.
 """
 
@@ -19,6 +19,11 @@ from gpt2core import fused_loss
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # of a product's inner dimension and of its columns, which torch._scaled_mm asks for
+
+LOWER_BITS = {E4M3: 20, E5M2: 21}  # of fp32's 23 in the significand, which are not kept
+DITHER_BITS = 21
+# Of 2^21, by the powers -1 and -2 of 1.32471795724, the root of x^3 = x + 1; odd, so that no place comes twice in 2^21.
+DITHER_BY_ROW, DITHER_BY_COLUMN = 1583093, 1195041
 
 What = Literal["itself", "gelu", "gelu_gradient", "softmax_gradient"]
 
@@ -98,7 +103,8 @@ def cast_into(
     values = values_of(x, other, targets, what)
     if what != "softmax_gradient":
         torch.maximum(amax, values.abs().amax(), out=amax)
-    row_major.copy_(cut(values, factor, row_major.dtype))
+    scaled = cut(values, factor, row_major.dtype)
+    row_major.copy_(dithered(scaled, row_major.dtype) if what == "softmax_gradient" else scaled)
     column_major.copy_(F.pad(row_major.float(), (0, 0, 0, column_major.shape[1] - len(x))).T)
     return values.sum(0) if with_sums else values.new_empty(0)
 
@@ -184,6 +190,22 @@ def cut(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """values times factor, ready to be rounded: no further from 0 than dtype's largest number, NaN for infinities."""
     largest = torch.finfo(dtype).max
     return torch.where(values.isinf(), torch.nan, (values * factor).clamp(-largest, largest))
+
+
+def dithered(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 values (M, N), each moved to one of its two neighbours in dtype, over the rows to each as often as it is near.
+
+    A softmax gives a rare token about the same probability wherever it does not come next. To the nearest number it would
+    be rounded the same way each time, and a sum over thousands of tokens would have the error of one. Here a sequence that
+    fills the space between two numbers evenly, along rows and along columns, is added before the lower bits are cut off (R2
+    of Roberts 2018, "The unreasonable effectiveness of quasirandom sequences").
+    """
+    lower_bits = LOWER_BITS[dtype]
+    rows, columns = (torch.arange(size, device=values.device) for size in values.shape)
+    place = rows[:, None] * DITHER_BY_ROW + columns * DITHER_BY_COLUMN
+    dither = (place % (1 << DITHER_BITS)) >> (DITHER_BITS - lower_bits)
+    bits = (values.view(torch.int32) + dither.int()) & -(1 << lower_bits)
+    return torch.where(values.isnan(), values, bits.view(torch.float32))
 
 
 def product(

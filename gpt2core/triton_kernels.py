@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpt2core.fp8_cast import DITHER_BY_COLUMN, DITHER_BY_ROW
+
 # Columns that a program holds at once; measured best of 4096 to 16384 and 8 to 32 on an H200.
 LOSS_BLOCK, LOSS_WARPS = 8192, 8
 # A block of the cast: its rows, columns and warps, without column sums and with them; measured best of 14 on an H200.
@@ -21,6 +23,7 @@ CAST_BLOCK, CAST_BLOCK_WITH_SUMS = (64, 128, 8), (64, 64, 4)
 IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # by the interpreter, which knows no PTX
 _GELU_LINEAR = tl.constexpr(2 * math.sqrt(2 / math.pi))
 _GELU_CUBIC = tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
+_DITHER_BY_ROW, _DITHER_BY_COLUMN = map(tl.constexpr, (DITHER_BY_ROW, DITHER_BY_COLUMN))
 _PACK_E4M3, _PACK_E5M2 = (
     tl.constexpr(
         "{ .reg .b16 low, high;"
@@ -144,7 +147,10 @@ def _cast_kernel(
             largest = tl.maximum(largest, tl.abs(values))
         if with_sums:
             total += values
-        values = values * multiplier + (values - values)  # 0, or NaN of what is not finite
+        product = values * multiplier
+        if what == "softmax_gradient":
+            product = _dithered(product, first_row + rows, first_column + columns, dtype)
+        values = product + (values - values)  # 0, or NaN of what is not finite
         scaled = scaled + (values,)  # noqa: RUF005 - Triton knows no *
         even, odd = _parted(values)
         a, c = _parted(even)
@@ -169,6 +175,17 @@ def _cast_kernel(
             tl.atomic_max(amax, peak)
     if with_sums:
         tl.store(sums + tl.program_id(0) * num_columns + first_column + columns, tl.sum(total, 0), mask=is_column)
+
+
+@triton.jit
+def _dithered(values, rows, columns, dtype: tl.constexpr):
+    """fp8_cast.dithered, at these rows and columns."""
+    finer: tl.constexpr = 1 if dtype == tl.float8e4nv else 0  # by a bit
+    kept: tl.constexpr = -0x100000 if dtype == tl.float8e4nv else -0x200000
+    place = (rows * _DITHER_BY_ROW)[:, None] + (columns * _DITHER_BY_COLUMN)[None, :]
+    dither = (place & 0x1FFFFF) >> finer
+    bits = (values.to(tl.int32, bitcast=True) + dither) & kept
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
