@@ -199,6 +199,12 @@ def test_kernels_that_a_compiler_spoilt_are_found_at_the_start(monkeypatch: pyte
             check_kernels(here)
 
 
+def test_a_kernel_that_rounds_to_the_nearest_where_it_should_dither_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpt2core.fp8_cast.dithered", lambda values, dtype: values)  # what the kernel is compared with
+    with pytest.raises(RuntimeError, match="softmax_gradient"):
+        check_kernels(torch.device(DEVICE))
+
+
 def test_a_loss_that_a_compiler_spoilt_is_found_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     here = torch.device(DEVICE)
     fused_loss.check_kernel(here)
