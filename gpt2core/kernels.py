@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from gpt2core import cublaslt, cudnn_attention, fused_loss, hopper
 from gpt2core.config import ModelConfig
+from gpt2core.device_trial import failure_of
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -164,7 +166,7 @@ def pick_kernels(wanted: str, device: torch.device, dtype: torch.dtype, model: M
 
 
 def _pick_mlp(device: torch.device, model: ModelConfig) -> tuple[str, Callable[..., Tensor], str | None]:
-    why_not_quack = hopper.why_not(device, "quack")
+    why_not_quack = hopper.why_not(device, "quack") or failure_of(partial(import_module, "gpt2core.quack_gelu"))
     if not why_not_quack:
         from gpt2core import quack_gelu
 

@@ -132,6 +132,15 @@ def test_kernels_for_hopper_are_tried_on_hopper_alone() -> None:
     assert hopper.why_not(torch.device("cpu"), "quack") == "it is for Hopper GPUs"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what cannot be loaded is shown where there is no GPU for it")
+def test_kernels_for_hopper_that_do_not_load_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "why_not", lambda device, package: None)
+    monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
+    name, kernel, _ = kernels._pick_mlp(torch.device("cpu"), ModelConfig(embd_size=64, num_heads=2))
+    assert kernel is kernels.fused_mlp
+    assert name.startswith("GELU (cuBLASLt; on Hopper another is faster: ") and len(name) > 50
+
+
 @on_gpu
 def test_the_weight_gradients_are_not_rounded_to_bf16() -> None:
     x = random(512, 64, device="cuda", dtype=torch.bfloat16)
