@@ -46,16 +46,17 @@ class LinearLayer:
         self.weight = Weight.like(layer.weight, fp8.rowwise)
         self.of_x, self.of_gradient = (Scale.new(layer.weight.device) for _ in range(2))
 
-    def __call__(self, x: Tensor, master: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, master: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
         if bias is None or not torch.is_grad_enabled():
-            return kernels.linear(x, master, bias)
+            return kernels.linear(x, master, bias, residual)
         rows, mode = x.flatten(0, -2), self.fp8.mode
         out: Tensor
         if self.fp8.rowwise:
             out = RowwiseLinear8.apply(rows, master, bias, self.weight, mode.emulate)
         else:
             out = Linear8.apply(rows, master, bias, self.weight, self.of_x, self.of_gradient, mode)
-        return out.view(*x.shape[:-1], -1)
+        out = out.view(*x.shape[:-1], -1)
+        return out if residual is None else residual + out
 
 
 class MLPLayers:
@@ -64,11 +65,13 @@ class MLPLayers:
     def __init__(self, fc: LinearLayer, proj: LinearLayer) -> None:
         self.fc, self.proj = fc, proj
 
-    def __call__(self, x: Tensor, fc: Tensor, fc_bias: Tensor, proj: Tensor, proj_bias: Tensor) -> Tensor:
+    def __call__(
+        self, x: Tensor, fc: Tensor, fc_bias: Tensor, proj: Tensor, proj_bias: Tensor, residual: Tensor
+    ) -> Tensor:
         if not torch.is_grad_enabled():
-            return kernels.mlp(x, fc, fc_bias, proj, proj_bias)
+            return kernels.mlp(x, fc, fc_bias, proj, proj_bias, residual)
         if self.fc.fp8.rowwise:
-            return self.proj(F.gelu(self.fc(x, fc, fc_bias), approximate="tanh"), proj, proj_bias)
+            return self.proj(F.gelu(self.fc(x, fc, fc_bias), approximate="tanh"), proj, proj_bias, residual)
         out: Tensor = MLP8.apply(
             *(x.flatten(0, -2), fc, fc_bias, proj, proj_bias),
             (self.fc.weight, self.proj.weight),
@@ -76,7 +79,7 @@ class MLPLayers:
             (self.fc.of_gradient, self.proj.of_gradient),
             self.fc.fp8.mode,
         )
-        return out.view_as(x)
+        return residual + out.view_as(x)
 
 
 class FP8:

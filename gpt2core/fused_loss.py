@@ -9,6 +9,7 @@ logits, the largest tensor of the model by far, never exist as a whole and are g
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,24 +47,32 @@ def loss_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return log_sums - logits.gather(1, targets[:, None])[:, 0].float(), log_sums
 
 
+def _multiplication(quack: bool) -> Callable[..., Tensor]:
+    if not quack:
+        return torch.mm
+    from gpt2core import quack_products
+
+    return quack_products.multiply
+
+
 @torch.library.custom_op("gpt2core::head_loss", mutates_args=())
-def _head_loss(x: Tensor, weight: Tensor, targets: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def _head_loss(x: Tensor, weight: Tensor, targets: Tensor, rows: int, quack: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Mean loss, and its gradients for x (N, C) and the fp32 weight (V, C)."""
-    cast = weight.to(x.dtype)
+    multiply, cast = _multiplication(quack), weight.to(x.dtype)
     losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
     x_gradient, weight_gradient = torch.empty_like(x), torch.zeros_like(weight)
     for start in range(0, len(x), rows):
         some = slice(start, start + rows)
-        logits = x[some] @ cast.T  # (rows, V)
+        logits = multiply(x[some], cast.T)  # (rows, V)
         losses[some] = _losses_in_place(logits, targets[some], 1.0 / len(x))
-        torch.mm(logits, cast, out=x_gradient[some])
+        multiply(logits, cast, out=x_gradient[some])
         _add_product(weight_gradient, logits.T, x[some])
         del logits  # the next ones take its place in memory
     return losses.mean(), x_gradient, weight_gradient
 
 
 @_head_loss.register_fake
-def _(x: Tensor, weight: Tensor, targets: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, targets: Tensor, rows: int, quack: bool) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty((), dtype=torch.float32), torch.empty_like(x), torch.empty_like(weight)
 
 
@@ -73,9 +82,9 @@ def save_gradients(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _scale_gradients(ctx: Any, loss_gradient: Tensor, *_: None) -> tuple[Tensor, Tensor, None, None]:
+def _scale_gradients(ctx: Any, loss_gradient: Tensor, *_: None) -> tuple[Tensor, Tensor, None, None, None]:
     x_gradient, weight_gradient = ctx.saved_tensors
-    return x_gradient * loss_gradient, weight_gradient * loss_gradient, None, None
+    return x_gradient * loss_gradient, weight_gradient * loss_gradient, None, None, None
 
 
 _head_loss.register_autograd(_scale_gradients, setup_context=save_gradients)
@@ -89,9 +98,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def mean_loss(x: Tensor, weight: Tensor, targets: Tensor, rows: int = ROWS) -> Tensor:
-    """Mean cross-entropy, fp32, of the logits x @ weight.T: x (N, C), fp32 weight (V, C), targets (N,)."""
-    loss, _, _ = _head_loss(x, weight, targets, rows)
+def mean_loss(x: Tensor, weight: Tensor, targets: Tensor, rows: int = ROWS, quack: bool = False) -> Tensor:
+    """Mean cross-entropy, fp32, of the logits x @ weight.T: x (N, C), fp32 weight (V, C), targets (N,); its products
+    by QuACK's kernels if that is asked for, C and V in eights."""
+    loss, _, _ = _head_loss(x, weight, targets, rows, quack)
     return loss
 
 

@@ -17,14 +17,15 @@ from gpt2core.config import ModelConfig
 from gpt2core.device_trial import failure_of
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias in the dtype of x."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """residual + x @ weight.T + bias in the dtype of x."""
+    out = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return out if residual is None else residual + out
 
 
-def mlp(x: Tensor, fc: Tensor, fc_bias: Tensor, proj: Tensor, proj_bias: Tensor) -> Tensor:
-    """A block's two linear layers with GELU between; GPT-2 was trained with the tanh form."""
-    return linear(F.gelu(linear(x, fc, fc_bias), approximate="tanh"), proj, proj_bias)
+def mlp(x: Tensor, fc: Tensor, fc_bias: Tensor, proj: Tensor, proj_bias: Tensor, residual: Tensor) -> Tensor:
+    """A block's two linear layers with GELU between, added to the residual; GPT-2 was trained with the tanh form."""
+    return linear(F.gelu(linear(x, fc, fc_bias), approximate="tanh"), proj, proj_bias, residual)
 
 
 def attention(qkv: Tensor) -> Tensor:
@@ -45,57 +46,18 @@ def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     return (gradient.T @ x).float()
 
 
-class _Linear(torch.autograd.Function):
-    """`linear` whose weight's gradient is fp32 from its birth."""
+class Products(NamedTuple):
+    """Products of rows (M, K) or (M, N), weights (N, K) and biases (N,), all of one dtype, with what is done in their epilogues."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        cast = weight.to(x.dtype)
-        ctx.save_for_backward(x, cast)
-        return torch.addmm(bias.to(x.dtype), x, cast.T)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, cast = ctx.saved_tensors
-        return (
-            gradient @ cast,
-            weight_gradient(gradient, x),
-            gradient.sum(0, dtype=torch.float32),
-        )
+    linear: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # x @ weight.T + bias + residual
+    input_gradient: Callable[[Tensor, Tensor], Tensor]  # gradient @ weight
+    linear_gelu: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # gelu(z) and z, of x, weight and bias
+    gelu_gradient: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # of z, with column sums in fp32
 
 
-class GeluProducts(NamedTuple):
-    """A product with GELU behind it, and one times GELU's derivative with its column sums (quack_gelu.py)."""
-
-    linear_gelu: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    gelu_gradient: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-class _MLP(torch.autograd.Function):
-    """`mlp` with the GELU and its derivative in the epilogues of the products beside it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, fc: Tensor, fc_bias: Tensor, proj: Tensor, proj_bias: Tensor, products: GeluProducts
-    ) -> Tensor:
-        fc, proj = fc.to(x.dtype), proj.to(x.dtype)
-        activated, z = products.linear_gelu(x, fc, fc_bias.to(x.dtype))
-        ctx.save_for_backward(x, fc, proj, z, activated)
-        ctx.products = products
-        return torch.addmm(proj_bias.to(x.dtype), activated, proj.T)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, fc, proj, z, activated = ctx.saved_tensors
-        z_gradient, z_sums = ctx.products.gelu_gradient(gradient, proj, z)
-        return (
-            z_gradient @ fc,
-            weight_gradient(z_gradient, x),
-            z_sums,
-            weight_gradient(gradient, activated),
-            gradient.sum(0, dtype=torch.float32),
-            None,
-        )
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+    out = torch.addmm(bias, x, weight.T)
+    return out if residual is None else residual + out
 
 
 def _gelu_gradient(gradient: Tensor, weight: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,22 +65,95 @@ def _gelu_gradient(gradient: Tensor, weight: Tensor, z: Tensor) -> tuple[Tensor,
     return found, found.sum(0, dtype=torch.float32)
 
 
-CUBLASLT = GeluProducts(cublaslt.linear_gelu, _gelu_gradient)
+CUBLASLT = Products(_linear, torch.mm, cublaslt.linear_gelu, _gelu_gradient)
 
 
-def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+class _Linear(torch.autograd.Function):
+    """`linear` whose weight's gradient is fp32 from its birth."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, products: Products
+    ) -> Tensor:
+        cast = weight.to(x.dtype)
+        ctx.save_for_backward(x, cast)
+        ctx.products, ctx.has_residual = products, residual is not None
+        return products.linear(x, cast, bias.to(x.dtype), residual)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, cast = ctx.saved_tensors
+        return (
+            ctx.products.input_gradient(gradient, cast),
+            weight_gradient(gradient, x),
+            gradient.sum(0, dtype=torch.float32),
+            gradient if ctx.has_residual else None,
+            None,
+        )
+
+
+class _MLP(torch.autograd.Function):
+    """`mlp` with the GELU and its derivative in the epilogues of the products beside it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        fc: Tensor,
+        fc_bias: Tensor,
+        proj: Tensor,
+        proj_bias: Tensor,
+        residual: Tensor,
+        products: Products,
+    ) -> Tensor:
+        fc, proj = fc.to(x.dtype), proj.to(x.dtype)
+        activated, z = products.linear_gelu(x, fc, fc_bias.to(x.dtype))
+        ctx.save_for_backward(x, fc, proj, z, activated)
+        ctx.products = products
+        return products.linear(activated, proj, proj_bias.to(x.dtype), residual)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, fc, proj, z, activated = ctx.saved_tensors
+        z_gradient, z_sums = ctx.products.gelu_gradient(gradient, proj, z)
+        return (
+            ctx.products.input_gradient(z_gradient, fc),
+            weight_gradient(z_gradient, x),
+            z_sums,
+            weight_gradient(gradient, activated),
+            gradient.sum(0, dtype=torch.float32),
+            gradient,
+            None,
+        )
+
+
+def fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    products: Products = CUBLASLT,
+) -> Tensor:
     if bias is None or not torch.is_grad_enabled():
-        return linear(x, weight, bias)
-    out: Tensor = _Linear.apply(x.flatten(0, -2), weight, bias)
+        return linear(x, weight, bias, residual)
+    rows = None if residual is None else residual.flatten(0, -2)
+    out: Tensor = _Linear.apply(x.flatten(0, -2), weight, bias, rows, products)
     return out.view(*x.shape[:-1], -1)
 
 
 def fused_mlp(
-    x: Tensor, fc: Tensor, fc_bias: Tensor, proj: Tensor, proj_bias: Tensor, products: GeluProducts = CUBLASLT
+    x: Tensor,
+    fc: Tensor,
+    fc_bias: Tensor,
+    proj: Tensor,
+    proj_bias: Tensor,
+    residual: Tensor,
+    products: Products = CUBLASLT,
 ) -> Tensor:
     if not torch.is_grad_enabled():
-        return mlp(x, fc, fc_bias, proj, proj_bias)
-    out: Tensor = _MLP.apply(x.flatten(0, -2), fc, fc_bias, proj, proj_bias, products)
+        return mlp(x, fc, fc_bias, proj, proj_bias, residual)
+    rows = residual.flatten(0, -2)
+    out: Tensor = _MLP.apply(x.flatten(0, -2), fc, fc_bias, proj, proj_bias, rows, products)
     return out.view_as(x)
 
 
@@ -131,17 +166,23 @@ class Kernels:
     """The model's heavy operations; their arguments are those of `linear`, `attention`, `mlp` and `mean_loss` above."""
 
     note: str = "PyTorch's own"
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear
+    linear: Callable[..., Tensor] = linear
     attention: Callable[[Tensor], Tensor] = attention
-    mlp: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = mlp
+    mlp: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = mlp
     mean_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = mean_loss
 
 
 PLAIN = Kernels()
+Part = tuple[str, Callable[..., Tensor], str | None]  # what it is called, itself, and why it cannot be had
 
 
-def pick_kernels(wanted: str, device: torch.device, dtype: torch.dtype, model: ModelConfig) -> Kernels:
-    """The kernels for 'auto', 'fused' or 'plain'. Raises ValueError when 'fused' cannot be had in full."""
+def pick_kernels(
+    wanted: str, device: torch.device, dtype: torch.dtype, model: ModelConfig, fp8: bool = False
+) -> Kernels:
+    """The kernels for 'auto', 'fused' or 'plain'. Raises ValueError when 'fused' cannot be had in full.
+
+    With `fp8` other products will take the place of these, so that the fastest ones are not looked for.
+    """
     if wanted == "plain":
         return PLAIN
     if device.type != "cuda" or dtype != torch.bfloat16:
@@ -150,12 +191,7 @@ def pick_kernels(wanted: str, device: torch.device, dtype: torch.dtype, model: M
                 f"kernels fused: they are for bf16 on an NVIDIA GPU, and this is {dtype} on {device.type}; use --kernels auto"
             )
         return PLAIN
-    parts: dict[str, tuple[str, Callable[..., Tensor], str | None]] = {
-        "mean_loss": ("loss (Triton)", fused_loss.mean_loss, fused_loss.why_not(device)),
-        "linear": ("weight gradients in fp32", fused_linear, None),
-        "mlp": _pick_mlp(device, model),
-        "attention": _pick_attention(device, model),
-    }
+    parts = {**_pick_products(device, model, fp8), "attention": _pick_attention(device, model)}
     missing = "; ".join(f"{name}: {why_not}" for name, _, why_not in parts.values() if why_not)
     if wanted == "fused" and missing:
         raise ValueError(f"kernels fused: {missing}; use --kernels auto, which takes what there is")
@@ -165,19 +201,36 @@ def pick_kernels(wanted: str, device: torch.device, dtype: torch.dtype, model: M
     return replace(PLAIN, note=note, **found)
 
 
-def _pick_mlp(device: torch.device, model: ModelConfig) -> tuple[str, Callable[..., Tensor], str | None]:
-    why_not_quack = hopper.why_not(device, "quack") or failure_of(partial(import_module, "gpt2core.quack_gelu"))
-    if not why_not_quack:
-        from gpt2core import quack_gelu
+def _pick_products(device: torch.device, model: ModelConfig, fp8: bool) -> dict[str, Part]:
+    why_not_loss = fused_loss.why_not(device)
+    quack, why_not_quack = (None, "") if fp8 else _quack_products(device, model)
+    if quack:
+        return {
+            "mean_loss": ("loss (Triton)", partial(fused_loss.mean_loss, quack=True), why_not_loss),
+            "linear": ("weight gradients in fp32", partial(fused_linear, products=quack), None),
+            "mlp": ("products with bias, residual and GELU (QuACK)", partial(fused_mlp, products=quack), None),
+        }
+    gelu = f"GELU (cuBLASLt{_faster(device, why_not_quack)})"
+    return {
+        "mean_loss": ("loss (Triton)", fused_loss.mean_loss, why_not_loss),
+        "linear": ("weight gradients in fp32", fused_linear, None),
+        "mlp": (gelu, fused_mlp, cublaslt.why_not(device, model.embd_size)),
+    }
 
-        why_not_quack = quack_gelu.why_not(device, model.embd_size)
-    if not why_not_quack:
-        products = GeluProducts(quack_gelu.linear_gelu, quack_gelu.gelu_gradient)
-        return "GELU (QuACK)", partial(fused_mlp, products=products), None
-    return f"GELU (cuBLASLt{_faster(device, why_not_quack)})", fused_mlp, cublaslt.why_not(device, model.embd_size)
+
+def _quack_products(device: torch.device, model: ModelConfig) -> tuple[Products | None, str]:
+    """QuACK's products; without them, why they cannot be had."""
+    why_not = hopper.why_not(device, "quack") or failure_of(partial(import_module, "gpt2core.quack_products"))
+    if why_not:
+        return None, why_not
+    from gpt2core import quack_products as quack
+
+    if why_not := quack.why_not(device, model.embd_size, model.vocab_size):
+        return None, why_not
+    return Products(quack.linear, quack.input_gradient, quack.linear_gelu, quack.gelu_gradient), ""
 
 
-def _pick_attention(device: torch.device, model: ModelConfig) -> tuple[str, Callable[..., Tensor], str | None]:
+def _pick_attention(device: torch.device, model: ModelConfig) -> Part:
     heads, size = model.num_heads, model.embd_size // model.num_heads
     if torch.are_deterministic_algorithms_enabled():
         why_not = "cuDNN's backward pass adds in any order, and --deterministic was asked for"
@@ -192,4 +245,4 @@ def _pick_attention(device: torch.device, model: ModelConfig) -> tuple[str, Call
 
 def _faster(device: torch.device, why_not: str) -> str:
     """What to say of kernels that are made for this device and are not used."""
-    return f"; on Hopper another is faster: {why_not}" if hopper.is_hopper(device) else ""
+    return f"; on Hopper another is faster: {why_not}" if why_not and hopper.is_hopper(device) else ""

@@ -34,14 +34,14 @@ class Layout(Protocol):
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its input."""
+    """A linear layer that computes in the dtype of its input, which may be added to a residual."""
 
     def __init__(self, in_features: int, out_features: int, kernels: Kernels, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
         self.kernels = kernels
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.kernels.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.kernels.linear(x, self.weight, self.bias, residual)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -58,11 +58,11 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.embd_size, 3 * config.embd_size, kernels)
         self.c_proj = Linear(config.embd_size, config.embd_size, kernels)
 
-    def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor, attend: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         B, T, C = x.shape  # noqa: N806
         qkv = self.c_attn(x).view(B, T, 3, self.num_heads, C // self.num_heads)
         y = (attend or self.kernels.attention)(qkv)  # (B, T, heads, C / heads)
-        return self.c_proj(y.reshape(B, T, C))
+        return self.c_proj(y.reshape(B, T, C), residual)
 
 
 class MLP(nn.Module):
@@ -72,8 +72,8 @@ class MLP(nn.Module):
         self.c_fc = Linear(config.embd_size, 4 * config.embd_size, kernels)
         self.c_proj = Linear(4 * config.embd_size, config.embd_size, kernels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.kernels.mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.kernels.mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias, residual)
 
 
 class Block(nn.Module):
@@ -85,8 +85,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, kernels)
 
     def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), attend)
-        return x + self.mlp(self.ln_2(x))
+        x = self.attn(self.ln_1(x), x, attend)
+        return self.mlp(self.ln_2(x), x)
 
 
 class Transformer(nn.Module):

@@ -58,7 +58,7 @@ class Trainer:
         self.max_steps = train.num_epochs * self.steps_per_epoch
         seed_everything(train.seed + ranks.rank)
         dtype = pick_dtype(train.precision, ranks.device)
-        self.kernels = pick_kernels(train.kernels, ranks.device, dtype, config.model)
+        self.kernels = pick_kernels(train.kernels, ranks.device, dtype, config.model, train.precision == "fp8")
         self.raw_model = GPT(config.model, dtype, self.kernels)
         self.raw_model.init_weights(torch.Generator().manual_seed(train.seed))
         self.raw_model.to(ranks.device)

@@ -150,8 +150,8 @@ def check_layers(recipe: str, device: str, x: Tensor, of_gradients: float = 1.0)
     rows = x.shape[:-1]
     of_mlp = check(
         block.mlp.kernels.mlp,
-        lambda x, a, b, c, d: F.linear(F.gelu(F.linear(x, a, b), approximate="tanh"), c, d),
-        [tensor.detach() for tensor in (x, fc.weight, fc.bias, proj.weight, proj.bias)],
+        lambda x, a, b, c, d, residual: residual + F.linear(F.gelu(F.linear(x, a, b), approximate="tanh"), c, d),
+        [tensor.detach() for tensor in (x, fc.weight, fc.bias, proj.weight, proj.bias, torch.zeros_like(x))],
         seed=of_gradients * random(*rows, len(proj.weight), device=device),
     )
     of_linear = check(
@@ -181,6 +181,16 @@ def test_factors_bring_numbers_of_any_size_into_the_range_of_8_bits(
     recipe: str, size: float, of_gradients: float, device: str
 ) -> None:
     check_layers(recipe, device, size * random(2, 64, 32, device=device).bfloat16(), of_gradients)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_residual_is_added(recipe: str) -> None:
+    model, fp8 = model_in_fp8(settings(recipe))
+    calibrated(model, fp8)
+    block: Any = model.transformer.h[0]
+    x, residual = random(2, 16, 32).bfloat16(), random(2, 16, 32).bfloat16()
+    for layer in (block.attn.c_proj, block.mlp):
+        assert torch.equal(layer(x, residual), residual + layer(x, torch.zeros_like(x)))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -383,7 +393,7 @@ def test_what_is_not_finite_comes_out_of_a_layer_as_such(recipe: str, bad: float
         x, gradient = random(1, 16, 32).bfloat16(), random(1, 16, width).bfloat16()
         (x if place == "input" else gradient)[0, 3, 5] = bad
         model.zero_grad()
-        called(x).backward(gradient)
+        called(x, torch.zeros_like(gradient)).backward(gradient)
         assert not all(parameter.grad.isfinite().all() for parameter in called.parameters())
         weights = [p.grad for p in called.parameters() if p.ndim == 2]
         assert not all(weight.isfinite().all() for weight in weights)

@@ -6,6 +6,7 @@ kernels themselves need a GPU.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -78,8 +79,12 @@ def test_the_linear_layer(device: str, rows: int, inputs: int, outputs: int) -> 
             random(3, rows, inputs, device=device, dtype=dtype),
             random(outputs, inputs, device=device),
             random(outputs, device=device),
+            random(3, rows, outputs, device=device, dtype=dtype),
         ]
-        check(kernels.fused_linear, lambda *a: kernels.linear(*a), tensors, TOLERANCE[dtype])
+        for products in all_products(device):
+            fused = partial(kernels.fused_linear, products=products)
+            check(fused, kernels.linear, tensors, TOLERANCE[dtype])
+            check(fused, kernels.linear, tensors[:3], TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -92,17 +97,38 @@ def test_the_mlp(device: str, rows: int, width: int) -> None:
             random(4 * width, device=device),
             random(width, 4 * width, device=device) / width**0.5,
             random(width, device=device),
+            random(3, rows, width, device=device, dtype=dtype),
         ]
-        check(kernels.fused_mlp, kernels.mlp, tensors, TOLERANCE[dtype])
-        if device == "cuda" and not hopper.why_not(HOPPER, "quack"):
-            check(with_quack(), kernels.mlp, tensors, TOLERANCE[dtype])
+        for products in all_products(device):
+            check(partial(kernels.fused_mlp, products=products), kernels.mlp, tensors, TOLERANCE[dtype])
 
 
-def with_quack() -> Callable[..., Tensor]:
-    from gpt2core import quack_gelu
+@on_gpu
+@pytest.mark.parametrize(("rows", "width", "vocab"), [(64, 64, 50304), (33, 768, 50304), (5, 32, 8192)])
+@pytest.mark.parametrize("rows_at_once", [16, 1000])
+def test_the_loss_with_quacks_products(rows: int, width: int, vocab: int, rows_at_once: int) -> None:
+    if len(all_products("cuda")) == 1:
+        pytest.skip(hopper.why_not(HOPPER, "quack"))
+    x, weight = random(rows, width, device="cuda", dtype=torch.bfloat16), random(vocab, width, device="cuda")
+    check(
+        lambda x, weight, targets: fused_loss.mean_loss(x, weight, targets, rows_at_once, quack=True),
+        lambda x, weight, targets: F.cross_entropy(x @ weight.T, targets),
+        [x, weight / width**0.5],
+        TOLERANCE[torch.bfloat16],
+        torch.randint(0, vocab, (rows,), generator=torch.Generator().manual_seed(1)).cuda(),
+    )
 
-    products = kernels.GeluProducts(quack_gelu.linear_gelu, quack_gelu.gelu_gradient)
-    return partial(kernels.fused_mlp, products=products)
+
+def all_products(device: str) -> list[kernels.Products]:
+    """Those of any GPU, and Hopper's own."""
+    if device == "cpu" or hopper.why_not(HOPPER, "quack"):
+        return [kernels.CUBLASLT]
+    from gpt2core import quack_products as quack
+
+    return [
+        kernels.CUBLASLT,
+        kernels.Products(quack.linear, quack.input_gradient, quack.linear_gelu, quack.gelu_gradient),
+    ]
 
 
 @on_gpu
@@ -136,9 +162,12 @@ def test_kernels_for_hopper_are_tried_on_hopper_alone() -> None:
 def test_kernels_for_hopper_that_do_not_load_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "why_not", lambda device, package: None)
     monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
-    name, kernel, _ = kernels._pick_mlp(torch.device("cpu"), ModelConfig(embd_size=64, num_heads=2))
-    assert kernel is kernels.fused_mlp
-    assert name.startswith("GELU (cuBLASLt; on Hopper another is faster: ") and len(name) > 50
+    monkeypatch.setattr(fused_loss, "why_not", lambda device: None)
+    monkeypatch.setattr(kernels.cublaslt, "why_not", lambda device, width: None)
+    chosen = kernels.pick_kernels("auto", HOPPER, torch.bfloat16, ModelConfig(embd_size=64, num_heads=2))
+    assert (chosen.linear, chosen.mlp) == (kernels.fused_linear, kernels.fused_mlp)
+    assert chosen.mean_loss is fused_loss.mean_loss
+    assert re.search(r"GELU \(cuBLASLt; on Hopper another is faster: [^)]{20,}\)", chosen.note)
 
 
 @on_gpu
@@ -191,7 +220,7 @@ def test_without_gradients_the_plain_path_is_taken() -> None:
     bias, proj = random(32, device="cpu"), random(8, 32, device="cpu")
     with torch.no_grad():
         assert torch.equal(kernels.fused_linear(x, weight, bias), kernels.linear(x, weight, bias))
-        arguments = (x, weight, bias, proj, random(8, device="cpu"))
+        arguments = (x, weight, bias, proj, random(8, device="cpu"), x)
         assert torch.equal(kernels.fused_mlp(*arguments), kernels.mlp(*arguments))
 
 
