@@ -7,6 +7,7 @@ from typing import Any
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from gpt2core.config import RunnerConfig
+from tasks.stage_process import die_with_the_flow
 
 
 def task_runner(config: RunnerConfig, tasks_at_once: int) -> TaskRunner[Any]:
@@ -17,7 +18,7 @@ def task_runner(config: RunnerConfig, tasks_at_once: int) -> TaskRunner[Any]:
             case "threads":
                 return ThreadPoolTaskRunner(max_workers=tasks_at_once)
             case "processes":
-                return ProcessPoolTaskRunner(max_workers=tasks_at_once)
+                return ProcessPoolTaskRunner(max_workers=tasks_at_once, initializer=die_with_the_flow)
             case "dask":
                 from prefect_dask import DaskTaskRunner
 

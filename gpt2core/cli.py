@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def prepare(argv: list[str]) -> None:
-    from gpt2core.launch import exit_on_sigterm, tell
+    from gpt2core.launch import end_on_sigterm, tell
     from gpt2core.prepare import prepare as prepare_dataset
 
-    exit_on_sigterm()
+    end_on_sigterm()
     parser = Parser(prog="gpt2 prepare", description="Tokenize text into shards.")
     add_recipe(parser)
     add_settings(parser, DataConfig)

@@ -1,19 +1,21 @@
 """Starts training processes and owns their death: torchrun for several, plain python for one.
 
-A trainer started here gets SIGTERM when the process that started it dies (Linux), so none is left holding a GPU.
+What is started here gets SIGTERM when the process that started it dies, so none is left holding a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from threading import Event
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Literal
 
 from gpt2core import terminal
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 STARTED_BY = "GPT2_STARTED_BY"  # process id of the launcher, for die_with_parent
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+SECONDS_BETWEEN_LOOKS = 1.0  # for the parent, where the kernel does not tell
 GRACE_S = 120.0  # time to end the step and save a checkpoint after SIGTERM, before SIGKILL; a step may take a minute
 TORCHRUN_GRACE_S = 110  # the same, for the ranks under torchrun: it must have time left to kill those that hang
 # When a rank dies, the others wait for it: under gloo they get an error, in NCCL they hang. torchrun gives them 30 s to
@@ -206,11 +209,30 @@ def run_in_foreground(
 
 
 def exit_on_sigterm() -> None:
-    """Lets SIGTERM unwind the stack, as Ctrl+C does, so that what was started is ended and nothing is left behind."""
+    """Lets SIGTERM unwind the stack, as Ctrl+C does, so that what was started is ended and nothing is left behind.
+
+    Not for a process with a pool: see `end_on_sigterm`.
+    """
 
     def leave(number: int, frame: object) -> None:
         sys.exit(128 + number)
 
+    signal.signal(signal.SIGTERM, leave)
+
+
+def end_on_sigterm() -> None:
+    """Lets SIGTERM end this process where it stands; what it started has to be tied to it.
+
+    An exception out of a signal handler may come between the taking of a lock and its release. In a pool's queue it left
+    the lock held for ever, with the pool's thread waiting for the lock and the end of the process for that thread.
+    """
+
+    def leave(number: int, frame: object) -> None:
+        terminal.show_cursor()
+        os._exit(128 + number)
+
+    # multiprocessing's tracker frees a pool's semaphores after such an end; this keeps it from saying that they leaked
+    sys.warnoptions.append("ignore:resource_tracker")
     signal.signal(signal.SIGTERM, leave)
 
 
@@ -225,7 +247,7 @@ def tell(line: str) -> None:
 
 
 def die_with_parent() -> int | None:
-    """Asks the kernel for SIGTERM when the parent dies, if the parent is our launcher or torchrun (Linux only).
+    """Has this process get SIGTERM when its parent dies, if the parent is our launcher or torchrun.
 
     Returns the process id of that parent. A trainer that a person started from a shell is left alone, and has none: it
     may outlive the shell on purpose.
@@ -239,12 +261,24 @@ def die_with_parent() -> int | None:
 
 
 def tie_to_parent(parent: int) -> None:
-    """Asks the kernel to send this process SIGTERM when its parent, with this process id, dies (Linux only)."""
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    """Has this process get SIGTERM when its parent, with this process id, dies: on Linux from the kernel, which goes by the
+    thread that started it, and elsewhere from a thread that looks every second."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    else:
+        _end_after(parent)
     if os.getppid() != parent:  # it died before we asked
-        sys.exit(128 + signal.SIGTERM)
+        os._exit(128 + signal.SIGTERM)
+
+
+@functools.cache  # a process of a pool asks again with each task
+def _end_after(parent: int) -> None:
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    Thread(target=look, name="end-after-parent", daemon=True).start()
 
 
 def _torchrun() -> None:

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict
 from gpt2core import lock
 from gpt2core.config import DataConfig
 from gpt2core.flags import Parser, add_settings, main_guard
-from gpt2core.launch import die_with_parent, exit_on_sigterm, tell, tie_to_parent
+from gpt2core.launch import die_with_parent, end_on_sigterm, tell, tie_to_parent
 from gpt2core.parts import NO_SPACE, PARTS, Part, disk_full, part_file, part_key, tokenize_span
 from gpt2core.shard_writer import Extent, write_shards
 from gpt2core.shards import MANIFEST, SHARD_NAME, Manifest, SourceRecord, read_manifest
@@ -460,7 +460,7 @@ def _assemble(data: DataConfig, plan: Plan, files: list[Tokenized], progress: Pr
 
 
 def main(argv: list[str] | None = None) -> None:
-    exit_on_sigterm()
+    end_on_sigterm()  # a part appears whole or not at all
     die_with_parent()
     parser = Parser(prog="python -m gpt2core.prepare", description=(__doc__ or "").splitlines()[0])
     add_settings(parser, DataConfig)

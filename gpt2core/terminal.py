@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from gpt2core import log_line
@@ -55,6 +56,13 @@ def close() -> None:
     """Leaves the terminal as it was; to be called by who ends a process without the interpreter's clean-up."""
     if _opened:
         _opened.pop().progress.stop()
+
+
+def show_cursor() -> None:
+    """For a signal handler, in the place of `close`: that takes locks, which the code that was interrupted may hold."""
+    if _opened:
+        with suppress(OSError):
+            os.write(1, b"\x1b[?25h\n")
 
 
 class Screen:

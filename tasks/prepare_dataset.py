@@ -35,7 +35,7 @@ def list_source(data: DataConfig) -> list[str]:
 @task(name="tokenize-file", task_run_name=lambda: f"tokenize {_file_name()}", **RETRIES)
 def tokenize_file(data: DataConfig, url: str) -> SourceRecord:
     """Tokenizes what is missing of one file; its progress and rate are live in the UI."""
-    die_with_the_flow()
+    die_with_the_flow()  # in a Dask worker; one of a process pool has done so when it started
     bar = LiveProgress(artifact_key("tokenize", url), f"tokenize {url}")
 
     def look(line: str) -> None:

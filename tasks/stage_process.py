@@ -51,7 +51,7 @@ def worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
 
 
 def die_with_the_flow() -> None:
-    """In a process of a process pool: asks for SIGTERM when the flow's process dies."""
+    """In a process of a pool: SIGTERM comes when the flow's process dies. A pool's idle process would wait for work for ever."""
     if parent := multiprocessing.parent_process():
         launch.tie_to_parent(parent.pid or 0)
 

@@ -352,6 +352,43 @@ def test_no_worker_outlives_a_killed_run(corpus, tmp_path):
             os.close(handle)
 
 
+SIGTERM_IN_THE_QUEUE = """
+import concurrent.futures, os, queue, signal, sys
+from gpt2core.prepare import main
+
+handed_over = 0
+
+def look(frame, event, argument):
+    global handed_over
+    put = frame.f_back
+    if (
+        frame.f_code.co_name == "__exit__"
+        and put.f_code is queue.Queue.put.__code__
+        and put.f_back.f_code is concurrent.futures.ProcessPoolExecutor.submit.__code__
+    ):
+        handed_over += 1
+        if handed_over == 2:  # the pool's thread runs by now
+            sys.settrace(None)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.settrace(look)
+main(sys.argv[1:])
+"""
+
+
+def test_sigterm_while_the_pool_s_queue_is_locked_ends_the_process(corpus, tmp_path):
+    arguments = command(tmp_path / "out", corpus, 2)[3:]
+    with subprocess.Popen(
+        [sys.executable, "-c", SIGTERM_IN_THE_QUEUE, *arguments], cwd=REPO, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert not errors
+
+
 @pytest.fixture(scope="module")
 def big_corpus(tmp_path_factory):
     """Parquet of many spans and jsonl of several, so that a kill meets files half done."""

@@ -141,6 +141,7 @@ def test_a_cancel_in_the_middle_of_a_file_ends_the_flow_and_its_processes(
         f"RunnerConfig(task_runner={runner!r}))"
     )
     environment = lab.environment() | {"PREFECT_API_URL": PREFECT_API_URL.value()}
+    processes: list[int] = []
     with (tmp_path / "output").open("wb") as output:
         flow = subprocess.Popen(
             [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT
@@ -154,7 +155,46 @@ def test_a_cancel_in_the_middle_of_a_file_ends_the_flow_and_its_processes(
         lab.wait_until(lambda: not any(lab.is_alive(pid) for pid in processes), "its processes to end")
         assert len(list((folder / ".parts").glob("*.tokens"))) < 12  # of 15: they ended, and not because they were done
     finally:
-        for pid in [flow.pid, *lab.descendants(flow.pid)]:
+        for pid in [flow.pid, *processes, *lab.descendants(flow.pid)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         flow.wait()
+
+
+IDLE_POOL = """
+import os, signal
+from prefect import flow, task
+from flows.task_runners import task_runner
+from gpt2core.config import RunnerConfig
+
+@task
+def own_pid():
+    return os.getpid()
+
+@flow(task_runner=task_runner(RunnerConfig(task_runner="processes"), 1))
+def wait_with_an_idle_process():
+    print(f"idle: {own_pid.submit().result()}", flush=True)
+    signal.pause()
+
+if __name__ == "__main__":
+    wait_with_an_idle_process()
+"""
+
+
+def test_an_idle_process_of_the_pool_ends_with_a_killed_flow(lab: Any, tmp_path: Path) -> None:
+    environment = lab.environment() | {"PREFECT_API_URL": PREFECT_API_URL.value()}
+    pid = None
+    with subprocess.Popen(
+        [sys.executable, "-c", IDLE_POOL], cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True
+    ) as flow:
+        try:
+            assert flow.stdout
+            pid = next(int(line.split()[1]) for line in flow.stdout if line.startswith("idle: "))
+            assert lab.is_alive(pid)
+            flow.kill()
+            flow.wait()
+            lab.wait_until(lambda: not lab.is_alive(pid), "the idle process to end", 30)
+        finally:
+            flow.kill()
+            if pid and lab.is_alive(pid):
+                os.kill(pid, signal.SIGKILL)

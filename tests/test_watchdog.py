@@ -135,6 +135,33 @@ def test_long_phases_are_progress(lab: Any, tmp_path: Path, beats: Any, phase: s
     assert beats()
 
 
+TIED = """
+import os, sys, threading
+from gpt2core import launch
+
+sys.platform = sys.argv[1]
+launch.tie_to_parent(os.getppid())
+print(os.getpid(), flush=True)
+threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize("platform", [sys.platform, "without a signal from the kernel"])
+def test_a_process_tied_to_its_parent_ends_with_it(lab: Any, platform: str) -> None:
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {TIED!r}, {platform!r}])"
+    with subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        tied = int(process.stdout.readline())
+        try:
+            assert lab.is_alive(tied)
+            process.kill()
+            lab.wait_until(lambda: not lab.is_alive(tied), "the process to end", 30)
+        finally:
+            process.kill()
+            if lab.is_alive(tied):
+                os.kill(tied, signal.SIGKILL)
+
+
 HUNG = """
 import os, signal, subprocess, sys, threading
 from pathlib import Path
