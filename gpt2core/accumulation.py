@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def accumulate(
@@ -25,6 +28,13 @@ def accumulate(
         sums = [_gradient(parameter) for parameter in parameters]
         torch._foreach_add_(sums, list(torch.autograd.grad(loss, parameters)))
     return loss.detach()
+
+
+def rehearse(alone: nn.Module, together: nn.Module, inputs: Tensor, targets: Tensor, accum_steps: int) -> None:
+    """Takes one micro-step of each kind that a step has: the first, one between and the last. Ranks exchange nothing."""
+    with together.no_sync() if isinstance(together, DistributedDataParallel) else nullcontext():
+        for micro_step in sorted({0, min(1, accum_steps - 1), accum_steps - 1}):
+            accumulate(alone, together, inputs, targets, micro_step, accum_steps)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from gpt2core.accumulation import accumulate
+from gpt2core.accumulation import rehearse
 from gpt2core.config import ModelConfig, RunConfig
 from gpt2core.distributed import Ranks
 from gpt2core.launch import tell
@@ -28,9 +28,9 @@ HEADROOM = 0.92  # of the free memory that auto plans with; the rest is for frag
 AUTO_ON_CPU = 8  # more sequences make a CPU no faster
 
 
-def fitting_mini_batch_size(model: nn.Module, config: RunConfig, ranks: Ranks) -> int:
+def fitting_mini_batch_size(alone: nn.Module, together: nn.Module, config: RunConfig, ranks: Ranks) -> int:
     """Sequences a rank takes at once: what was asked for, or the first of its halves that fits on every rank's GPU; for
-    auto, the largest power of two. The total batch stays.
+    auto, the largest power of two. The total batch stays. `alone` and `together` are the model, as `accumulate` takes it.
 
     Raises ValueError when not even the smallest fits.
     """
@@ -44,8 +44,9 @@ def fitting_mini_batch_size(model: nn.Module, config: RunConfig, ranks: Ranks) -
         sizes = [size for size, too_large in zip(sizes, hopeless, strict=True) if not too_large] or sizes[-1:]
     for size in sizes:
         accum_steps = config.grad_accum_steps(ranks.world_size, size)
-        if not ranks.any(not _fits(model, config, ranks.device, size, accum_steps))[0]:
+        if not ranks.any(not _fits(alone, together, config, ranks.device, size, accum_steps))[0]:
             return size
+        torch.compiler.reset()  # what was compiled for this size would count towards the limit of compilations
         if ranks.is_main:
             tell(
                 f"mini_batch_size {size} does not fit into {_memory(ranks.device)}: halving it, at the same total batch"
@@ -100,22 +101,23 @@ def expected_bytes(model: ModelConfig, size: int) -> int:
     return STATE_BYTES * model.num_parameters() + size * activations
 
 
-def _fits(model: nn.Module, config: RunConfig, device: torch.device, size: int, accum_steps: int) -> bool:
-    """Takes a step's first micro-steps of so many sequences, with room kept for the optimizer. Leaves gradients, random
-    numbers and the other ranks alone."""
+def _fits(
+    alone: nn.Module, together: nn.Module, config: RunConfig, device: torch.device, size: int, accum_steps: int
+) -> bool:
+    """Takes a step's micro-steps of so many sequences, with room kept for the optimizer. Leaves gradients, random numbers
+    and the other ranks alone."""
     try:
         moments = torch.empty(ADAM_BYTES * config.model.num_parameters(), dtype=torch.uint8, device=device)
         inputs = torch.zeros(size, config.model.context_length, dtype=torch.int64, device=device)
         targets = inputs.clone()  # one tensor for both would be compiled for that alone
-        for micro_step in range(min(2, accum_steps)):  # the second has the gradients of the first beside its own
-            accumulate(model, model, inputs, targets, micro_step, 3)  # of three, so that neither is the last
+        rehearse(alone, together, inputs, targets, accum_steps)
         torch.cuda.synchronize(device)
         del moments
         return True
     except torch.OutOfMemoryError:
         return False
     finally:
-        model.zero_grad(set_to_none=True)
+        alone.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 

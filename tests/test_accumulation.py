@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 
-# What `gpt2core.train` does, but for a count of the buckets that DDP hands over to be exchanged.
+# A step as `gpt2core.train` makes it, after a rehearsal, with counts of the buckets that DDP hands over to be exchanged, of the
+# graphs that are compiled and of the pieces that torch.compile cuts one into.
 COUNTING = """
-import sys
+import torch
+from torch._dynamo.backends.distributed import DDPOptimizer
 from torch._dynamo.utils import counters
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from gpt2core.accumulation import rehearse
 from gpt2core.distributed import Ranks
 from gpt2core.flags import Parser, run_config
 from gpt2core.train_command import add_arguments
@@ -29,17 +32,28 @@ def counting(state, bucket):
     exchanged.append(bucket.index())
     return allreduce_hook(state, bucket)
 trainer.together.register_comm_hook(None, counting)
+compile_in_pieces, pieces = DDPOptimizer.compile_fn, []
+def counting_pieces(self, *arguments):
+    compiled = compile_in_pieces(self, *arguments)
+    pieces.append(len(self.buckets))
+    return compiled
+DDPOptimizer.compile_fn = counting_pieces
+some = torch.zeros(trainer.mini_batch_size, trainer.config.model.context_length, dtype=torch.int64)
+rehearse(trainer.alone, trainer.together, some, some.clone(), trainer.accum_steps)
+assert not exchanged
+trainer.raw_model.zero_grad()
+rehearsed = counters["stats"]["unique_graphs"]
 trainer.train_step()
 if ranks.is_main:
     print(trainer.accum_steps, "micro-steps", len(exchanged), "buckets", len(set(exchanged)), "of them different")
-    print(counters["stats"]["unique_graphs"], "models compiled")
+    print(rehearsed, "graphs before the step", counters["stats"]["unique_graphs"], "after it", *pieces, "pieces")
 trainer.loader.close()
 ranks.leave()
 """
 
 
 def counts(lab: Any, folder: Path, **flags: Any) -> list[int]:
-    """Micro-steps, buckets, different ones among them, compiled models."""
+    """Micro-steps, buckets, different ones among them, graphs before and after a step, pieces of each that was cut."""
     script = folder / "counting.py"
     script.write_text(COUNTING)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
@@ -50,12 +64,16 @@ def counts(lab: Any, folder: Path, **flags: Any) -> list[int]:
 
 @pytest.mark.parametrize("mini_batch_size", [4, 2, 1])
 def test_ranks_exchange_gradients_once_a_step(lab: Any, tmp_path: Path, mini_batch_size: int) -> None:
-    micro_steps, buckets, different, _ = counts(lab, tmp_path, mini_batch_size=mini_batch_size)
+    micro_steps, buckets, different, *_ = counts(lab, tmp_path, mini_batch_size=mini_batch_size)
     assert micro_steps == 4 // mini_batch_size
     assert buckets == different > 0
 
 
 @pytest.mark.slow
-def test_only_the_exchange_cuts_the_compiled_model_at_its_buckets(lab: Any, tmp_path: Path) -> None:
-    *_, alone_and_in_buckets = counts(lab, tmp_path, mini_batch_size=2, compile="on")
-    assert alone_and_in_buckets == 2
+@pytest.mark.parametrize(("mini_batch_size", "graphs"), [(2, 2), (4, 1)])
+def test_only_the_exchange_cuts_the_compiled_model_at_its_buckets(
+    lab: Any, tmp_path: Path, mini_batch_size: int, graphs: int
+) -> None:
+    *_, before, after, pieces = counts(lab, tmp_path, mini_batch_size=mini_batch_size, compile="on")
+    assert before == after == graphs, "a rehearsal compiles all that a step needs"
+    assert pieces > 1, "of the one that is cut"

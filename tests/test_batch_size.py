@@ -80,12 +80,12 @@ def test_a_size_that_does_not_fit_is_halved_until_it_does(capsys: pytest.Capture
     before = torch.random.get_rng_state(), torch.cuda.get_rng_state()
     torch.cuda.set_per_process_memory_fraction(12 * 2**30 / total)
     try:
-        size = fitting_mini_batch_size(model, config(64), ranks)
+        size = fitting_mini_batch_size(model, model, config(64), ranks)
         assert size in (4, 8, 16)
         assert "mini_batch_size 64 does not fit into" in capsys.readouterr().out
         torch.cuda.set_per_process_memory_fraction(2.5 * 2**30 / total)
         with pytest.raises(ValueError, match="mini_batch_size 1 does not fit into"):
-            fitting_mini_batch_size(model, config(2), ranks)
+            fitting_mini_batch_size(model, model, config(2), ranks)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -99,7 +99,7 @@ def test_auto_takes_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     small = ModelConfig(context_length=256, num_layers=2, embd_size=128, num_heads=2)
     model = GPT(small, torch.bfloat16).to(ranks.device)
     run = RunConfig(model=small, train=TrainConfig(total_batch_size=256 * 64, mini_batch_size="auto"))
-    assert fitting_mini_batch_size(model, run, ranks) == 64
+    assert fitting_mini_batch_size(model, model, run, ranks) == 64
 
 
 def test_what_is_only_measured_is_measured_sixteen_at_once(lab: Any) -> None:
@@ -238,7 +238,7 @@ if ranks.rank == 1:
     folder.path.mkdir(parents=True)
     rule_out(folder, 8)
 Path(artifacts_dir, "size.txt").parent.mkdir(parents=True, exist_ok=True)
-Path(artifacts_dir, "size.txt").write_text(str(fitting_mini_batch_size(nn.Module(), config, ranks)))
+Path(artifacts_dir, "size.txt").write_text(str(fitting_mini_batch_size(nn.Module(), nn.Module(), config, ranks)))
 ranks.leave()
 """
 

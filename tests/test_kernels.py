@@ -154,8 +154,27 @@ def test_hopper_gets_its_own_kernels_where_they_are_installed() -> None:
     assert fused == pytest.approx(plain, abs=0.02)
 
 
-def test_kernels_for_hopper_are_tried_on_hopper_alone() -> None:
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 1)])
+def test_kernels_for_hopper_are_tried_on_hopper_alone(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setitem(hopper.PACKAGES, "a_package_that_is_missing", "its name")
+    why_not = hopper.why_not(HOPPER, "a_package_that_is_missing")
+    missing = "its name is not installed (the extra hopper)"
+    assert why_not == (missing if capability[0] == 9 else "it is for Hopper GPUs")
     assert hopper.why_not(torch.device("cpu"), "quack") == "it is for Hopper GPUs"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what cannot be loaded is shown where there is no GPU for it")
+def test_attention_stays_cudnns_where_flash_attention_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "why_not", lambda device, package: None)
+    monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
+    monkeypatch.setattr(kernels.cudnn_attention, "why_not", lambda device, heads, size: None)
+    name, kernel, why_not = kernels._pick_attention(HOPPER, ModelConfig(embd_size=64, num_heads=2))
+    assert (kernel, why_not) == (kernels.fused_attention, None)
+    assert name.startswith("packed attention (cuDNN; on Hopper another is faster: ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what cannot be loaded is shown where there is no GPU for it")
