@@ -211,10 +211,13 @@ def _head_loss(
     gradient_inverse = 1 / (factor * len(x))
     weight, scale = Weight(row_major, column_major, inverse, inverse), Scale(factor, factor, unused)
     mode = Mode(dynamic=True, emulate=emulate)
+    bias = _lost_of_the_mean(x, master, row_major, inverse).to(x.dtype)
     for start in range(0, len(x), rows):
         some = slice(start, start + rows)
         of_x = _rounded(x[some], scale, mode)
-        logits = product(of_x.row_major, row_major, of_x.inverse, inverse, x.dtype, emulate, fast=True)  # (rows, V)
+        logits = product(
+            of_x.row_major, row_major, of_x.inverse, inverse, x.dtype, emulate, bias, fast=True
+        )  # (rows, V)
         losses[some], log_sums = fused_loss.loss_rows(logits, targets[some])
         row, column, _ = cast(logits, log_sums, targets[some], factor, unused, "softmax_gradient", True, False, emulate)
         of_logits = Rounded(row, column, gradient_inverse, unused)
@@ -222,6 +225,16 @@ def _head_loss(
         weight_gradient += _weight_gradient(of_logits, of_x.column_major, of_x.inverse, mode)
         del logits, row, column, of_logits  # the next ones take their place in memory
     return losses.mean(), x_gradient, weight_gradient
+
+
+def _lost_of_the_mean(x: Tensor, master: Tensor, rounded: Tensor, inverse: Tensor) -> Tensor:
+    """What the rounding of the weight (V, C) takes from the logits of the mean of x (N, C): (V,) fp32.
+
+    The final LayerNorm's outputs have much in common, so that this is most of what all tokens' logits lose, and they lose it
+    together: no sum over tokens averages it out.
+    """
+    mean = x.mean(0, dtype=torch.float32)
+    return master @ mean - inverse * (rounded.float() @ mean)
 
 
 @_head_loss.register_fake

@@ -253,6 +253,25 @@ def test_the_head_computes_what_it_should(
         assert E4M3_ERROR / 3 <= (mine - theirs).norm() / theirs.norm() <= GRADIENT
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_all_tokens_logits_do_not_lose_the_same_to_the_rounding_of_the_heads_weight(device: str) -> None:
+    """Tokens that have as much in common as apart, and logits as large as a trained model's."""
+    model, fp8 = model_in_fp8(settings(precision="fp8_head", device=device), device)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(40)
+    fp8.weights_changed()
+    x = (3 * random(1, 32, device=device) + random(64, 32, device=device)).bfloat16()
+    targets = torch.randint(0, 50257, (64,), generator=torch.Generator().manual_seed(1)).to(device)
+    (loss, exact_loss), _, (of_weight, exact_of_weight) = check(
+        lambda x, weight: model.kernels.mean_loss(x, weight, targets),
+        lambda x, weight: F.cross_entropy(x @ weight.T, targets),
+        [x, model.lm_head.weight.detach()],
+        torch.ones(()),
+    )
+    assert (loss - exact_loss).abs() < 0.1  # 0.46 if nothing is done about it
+    assert (of_weight - exact_of_weight).norm() < 0.03 * exact_of_weight.norm()  # 0.066
+
+
 def test_without_gradients_a_model_computes_as_it_will_be_used() -> None:
     model, _ = model_in_fp8(settings())
     plain = GPT(SHAPE, torch.bfloat16)
