@@ -215,9 +215,8 @@ def _head_loss(
     for start in range(0, len(x), rows):
         some = slice(start, start + rows)
         of_x = _rounded(x[some], scale, mode)
-        logits = product(
-            of_x.row_major, row_major, of_x.inverse, inverse, x.dtype, emulate, bias, fast=True
-        )  # (rows, V)
+        inverses = of_x.inverse, inverse
+        logits = product(of_x.row_major, row_major, *inverses, x.dtype, emulate, bias, fast=True)  # (rows, V)
         losses[some], log_sums = fused_loss.loss_rows(logits, targets[some])
         row, column, _ = cast(logits, log_sums, targets[some], factor, unused, "softmax_gradient", True, False, emulate)
         of_logits = Rounded(row, column, gradient_inverse, unused)

@@ -34,7 +34,7 @@ class Layout(Protocol):
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its input, which may be added to a residual."""
+    """A linear layer that computes in the dtype of its input, and may add its output to a residual."""
 
     def __init__(self, in_features: int, out_features: int, kernels: Kernels, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
