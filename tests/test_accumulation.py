@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 from conftest import REPOSITORY
+from torch import Tensor, nn
+
+from gpt2core.accumulation import rehearse
 
 # A step as `gpt2core.train` makes it, after a rehearsal, with counts of the buckets that DDP hands over to be exchanged, of the
 # graphs that are compiled and of the pieces that torch.compile cuts one into.
@@ -70,10 +75,31 @@ def test_ranks_exchange_gradients_once_a_step(lab: Any, tmp_path: Path, mini_bat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mini_batch_size", "graphs"), [(2, 2), (4, 1)])
-def test_only_the_exchange_cuts_the_compiled_model_at_its_buckets(
-    lab: Any, tmp_path: Path, mini_batch_size: int, graphs: int
-) -> None:
-    *_, before, after, pieces = counts(lab, tmp_path, mini_batch_size=mini_batch_size, compile="on")
-    assert before == after == graphs, "a rehearsal compiles all that a step needs"
+def test_only_the_exchange_cuts_the_compiled_model_at_its_buckets(lab: Any, tmp_path: Path) -> None:
+    *_, before, after, pieces = counts(lab, tmp_path, mini_batch_size=2, compile="on")
+    assert before == after == 2, "a rehearsal compiles all that a step needs"
     assert pieces > 1, "of the one that is cut"
+
+
+class Named(nn.Module):
+    """A model that writes down when it is called."""
+
+    def __init__(self, name: str, layer: nn.Linear, called: list[str]) -> None:
+        super().__init__()
+        self.name, self.layer, self.called = name, layer, called
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        self.called.append(self.name)
+        return F.mse_loss(self.layer(inputs), targets)
+
+
+@pytest.mark.parametrize(
+    ("accum_steps", "kinds"),
+    [(1, "together"), (2, "alone together"), (3, "alone alone together"), (8, "alone alone together")],
+)
+def test_a_rehearsal_takes_each_kind_of_micro_step_that_the_step_has(accum_steps: int, kinds: str) -> None:
+    layer, called = nn.Linear(3, 3), list[str]()
+    alone, together = Named("alone", layer, called), Named("together", layer, called)
+    rehearse(alone, together, torch.ones(2, 3), torch.zeros(2, 3), accum_steps)
+    assert " ".join(called) == kinds
+    assert layer.weight.grad is not None and layer.weight.grad.any()
