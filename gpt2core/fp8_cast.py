@@ -24,8 +24,9 @@ MULTIPLE = 16  # of a product's inner dimension and of its columns, which torch.
 LOWER_BITS = {E4M3: 20, E5M2: 21}  # of fp32's 23 in the significand, which are not kept
 DITHER_BITS = 21
 # Of 2^21, near the powers -1 and -2 of 1.32471795724, the root of x^3 = x + 1; odd, so that no place comes twice in 2^21. The
-# first was searched: thresholds at the same place of one sequence after the other are as even as along the tokens of one,
-# for contexts of 128 to 4,096 (no gap above twice the mean).
+# first was searched: thresholds at the same place of one sequence after the other are as even as along the tokens of one, in
+# the 32,768 rows that the loss takes at a time, which all have the same (no gap above twice the mean, for contexts that are
+# powers of two from 128 to 4,096).
 DITHER_BY_ROW, DITHER_BY_COLUMN = 1595987, 1195041
 
 What = Literal["itself", "gelu", "gelu_gradient", "softmax_gradient"]

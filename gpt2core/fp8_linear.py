@@ -230,7 +230,8 @@ def _lost_of_the_mean(x: Tensor, master: Tensor, rounded: Tensor, inverse: Tenso
     """What the rounding of the weight (V, C) takes from the logits of the mean of x (N, C): (V,) fp32.
 
     The final LayerNorm's outputs have much in common, so that this is most of what all tokens' logits lose, and they lose it
-    together: no sum over tokens averages it out.
+    together: no sum over tokens averages it out. It depends on all tokens of the mini-batch, if ever so little, and counts as
+    a constant in the backward pass.
     """
     mean = x.mean(0, dtype=torch.float32)
     return master @ mean - inverse * (rounded.float() @ mean)

@@ -205,8 +205,10 @@ def _pick_products(device: torch.device, model: ModelConfig, fp8: bool) -> dict[
     why_not_loss = fused_loss.why_not(device)
     quack, why_not_quack = (None, "") if fp8 else _quack_products(device, model)
     if quack:
+        logits_are_aligned = model.vocab_size % cublaslt.ALIGNMENT == 0  # OpenAI's 50,257 are not
+        loss = partial(fused_loss.mean_loss, quack=logits_are_aligned)
         return {
-            "mean_loss": ("loss (Triton)", partial(fused_loss.mean_loss, quack=True), why_not_loss),
+            "mean_loss": ("loss (Triton)", loss, why_not_loss),
             "linear": ("weight gradients in fp32", partial(fused_linear, products=quack), None),
             "mlp": ("products with bias, residual and GELU (QuACK)", partial(fused_mlp, products=quack), None),
         }
@@ -225,7 +227,7 @@ def _quack_products(device: torch.device, model: ModelConfig) -> tuple[Products 
         return None, why_not
     from gpt2core import quack_products as quack
 
-    if why_not := quack.why_not(device, model.embd_size, model.vocab_size):
+    if why_not := quack.why_not(device, model.embd_size):
         return None, why_not
     return Products(quack.linear, quack.input_gradient, quack.linear_gelu, quack.gelu_gradient), ""
 

@@ -100,12 +100,11 @@ def _(gradient: Tensor, weight: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(z), z.new_empty(z.shape[1], dtype=torch.float32)
 
 
-def why_not(device: torch.device, width: int, vocab: int) -> str | None:
-    """Why these products cannot be had for a model of such a width and vocabulary; None when they can: small ones are
-    compared with PyTorch's."""
-    for name, size in {"width": width, "vocabulary": vocab}.items():
-        if size % ALIGNMENT:
-            return f"{name} {size} is not a multiple of {ALIGNMENT}"
+def why_not(device: torch.device, width: int) -> str | None:
+    """Why these products cannot be had for a model of such a width; None when they can: small ones are compared with
+    PyTorch's."""
+    if width % ALIGNMENT:
+        return f"width {width} is not a multiple of {ALIGNMENT}"
     return failure_of(lambda: _check(device, width))
 
 

@@ -22,6 +22,8 @@ import torch
 from torch._dynamo.backends.distributed import DDPOptimizer
 from torch._dynamo.utils import counters
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+from gpt2core import trainer as trainer_module
 from gpt2core.accumulation import rehearse
 from gpt2core.distributed import Ranks
 from gpt2core.flags import Parser, run_config
@@ -31,6 +33,10 @@ from gpt2core.trainer import Trainer
 parser = Parser("counting")
 add_arguments(parser)
 ranks = Ranks.join("cpu")
+def tried(alone, together, *others):
+    assert isinstance(together, DistributedDataParallel) and not isinstance(alone, DistributedDataParallel)
+    return fitting(alone, together, *others)
+fitting, trainer_module.fitting_mini_batch_size = trainer_module.fitting_mini_batch_size, tried
 trainer = Trainer(run_config(parser.parse_args()), ranks)
 exchanged = []
 def counting(state, bucket):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY
+from torch import nn
 
 from gpt2core import lock
 from gpt2core.batch_size import expected_bytes, fitting_mini_batch_size
@@ -91,6 +92,29 @@ def test_a_size_that_does_not_fit_is_halved_until_it_does(capsys: pytest.Capture
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(before[0], torch.random.get_rng_state())
     assert torch.equal(before[1], torch.cuda.get_rng_state())
+
+
+def test_what_was_compiled_for_a_size_that_does_not_fit_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the sizes tried do not use up the compilations that torch.compile allows a model."""
+    model, compiled = nn.Linear(2, 2), []
+
+    def count(module: Any, inputs: Any) -> Any:
+        compiled.append(None)
+        return module
+
+    def fits(
+        alone: nn.Module, together: nn.Module, config: RunConfig, device: Any, size: int, accum_steps: int
+    ) -> bool:
+        alone(torch.ones(size, 2))
+        return size == 1
+
+    monkeypatch.setattr("gpt2core.batch_size._fits", fits)
+    monkeypatch.setattr("gpt2core.batch_size._memory", lambda device: "a GPU")
+    alone = torch.compile(model, backend=count, dynamic=False)
+    ranks = Ranks(0, 1, torch.device("cuda", 0))
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        assert fitting_mini_batch_size(alone, alone, config(16), ranks) == 1
+    assert len(compiled) == 5, "16, 8, 4, 2 and 1"
 
 
 @on_gpu

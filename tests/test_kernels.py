@@ -183,7 +183,10 @@ def test_kernels_for_hopper_that_do_not_load_are_passed_over(monkeypatch: pytest
     monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
     monkeypatch.setattr(fused_loss, "why_not", lambda device: None)
     monkeypatch.setattr(kernels.cublaslt, "why_not", lambda device, width: None)
-    chosen = kernels.pick_kernels("auto", HOPPER, torch.bfloat16, ModelConfig(embd_size=64, num_heads=2))
+    model = ModelConfig(embd_size=64, num_heads=2)
+    in_fp8 = kernels.pick_kernels("auto", HOPPER, torch.bfloat16, model, fp8=True)
+    assert "GELU (cuBLASLt)" in in_fp8.note, "others are not even looked for"
+    chosen = kernels.pick_kernels("auto", HOPPER, torch.bfloat16, model)
     assert (chosen.linear, chosen.mlp) == (kernels.fused_linear, kernels.fused_mlp)
     assert chosen.mean_loss is fused_loss.mean_loss
     assert re.search(r"GELU \(cuBLASLt; on Hopper another is faster: [^)]{20,}\)", chosen.note)
