@@ -122,9 +122,9 @@ def _check(device: torch.device, width: int) -> None:
     check_close(activated, F.gelu(exact, approximate="tanh"), "QuACK's GELU")
     check_close(linear(x, weight, bias, None), exact, "QuACK's product")
     check_close(linear(x, weight, bias, z), exact + z.float(), "QuACK's product with a residual")
-    for tall in (weight, some(LONG, width)):
-        wide = some(300, len(tall))
-        check_close(input_gradient(wide, tall), wide.float() @ tall.float(), "QuACK's gradient of an input")
+    for outputs in (width, LONG):  # a short sum and a long one, which have tiles of their own
+        gradient, tall = some(300, outputs), some(outputs, width)
+        check_close(input_gradient(gradient, tall), gradient.float() @ tall.float(), "QuACK's gradient of an input")
     expected = torch.ops.aten.gelu_backward(x.float() @ back.float(), z.float(), approximate="tanh")
     derivative, sums = gelu_gradient(x, back, z)
     check_close(derivative, expected, "QuACK's derivative of GELU")
