@@ -244,6 +244,10 @@ class TrainConfig(Settings):
         "delayed",
         description="What precision fp8 scales numbers by: the largest ones of past updates, of the tensor, or of each row.",
     )
+    fp8_gradients: Literal["e5m2", "e4m3"] = Field(
+        "e5m2",
+        description="What precision fp8 rounds the gradients of the blocks' layers to: e4m3 is a bit more exact, e5m2 holds numbers that are further apart.",
+    )
     deterministic: bool = Field(
         False,
         description="On a GPU: kernels that give the same bits each time, slower; the CPU's always do.",
@@ -279,7 +283,7 @@ class TrainConfig(Settings):
                 "optimizer muon", [name for name in type(self).model_fields if name.startswith("muon_")]
             )
         if self.precision != "fp8":
-            self._refuse_changed("precision fp8", ["fp8_recipe"])
+            self._refuse_changed("precision fp8", ["fp8_recipe", "fp8_gradients"])
         if self.lr_schedule != "wsd":
             self._refuse_changed("lr_schedule wsd", ["decay_epochs"])
         elif self.decay_epochs > self.num_epochs:

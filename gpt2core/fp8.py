@@ -52,7 +52,7 @@ class LinearLayer:
         rows, mode = x.flatten(0, -2), self.fp8.mode
         out: Tensor
         if self.fp8.rowwise:
-            out = RowwiseLinear8.apply(rows, master, bias, self.weight, mode.emulate)
+            out = RowwiseLinear8.apply(rows, master, bias, self.weight, mode)
         else:
             out = Linear8.apply(rows, master, bias, self.weight, self.of_x, self.of_gradient, mode)
         out = out.view(*x.shape[:-1], -1)
@@ -90,7 +90,8 @@ class FP8:
     def __init__(self, model: GPT, train: TrainConfig, ranks: Ranks, emulate: bool) -> None:
         self.recipe, self.head_only = train.fp8_recipe, train.precision == "fp8_head"
         self.rowwise = self.recipe == "rowwise"
-        self.mode = Mode(dynamic=self.recipe == "tensorwise", emulate=emulate)
+        self.gradients, gradients = train.fp8_gradients, {"e4m3": E4M3, "e5m2": E5M2}[train.fp8_gradients]
+        self.mode = Mode(dynamic=self.recipe == "tensorwise", emulate=emulate, gradients=gradients)
         self.head_master, self.head = model.lm_head.weight, Weight.like(model.lm_head.weight, rowwise=False)
         model.kernels = replace(model.kernels, mean_loss=self._mean_loss)
         self.masters: list[Tensor] = []
@@ -102,7 +103,7 @@ class FP8:
                 self._take(block, f"h.{number}")
             if self.recipe == "delayed":
                 scales = {name: (layer.of_x, layer.of_gradient) for name, layer in self.layers.items()}
-                self.scaling = DelayedScaling(scales, train.total_batch_size // ranks.world_size, ranks)
+                self.scaling = DelayedScaling(scales, gradients, train.total_batch_size // ranks.world_size, ranks)
         self.weights_changed()
 
     def _take(self, block: Block, name: str) -> None:
@@ -127,7 +128,7 @@ class FP8:
 
     def describe(self) -> str:
         what = "the head" if self.head_only else "the blocks' linear layers and the head"
-        recipe = "" if self.head_only else f" ({self.recipe} scaling)"
+        recipe = "" if self.head_only else f" ({self.recipe} scaling, gradients in {self.gradients})"
         instead = ", EMULATED" if self.mode.emulate else ", in place of the kernels above for them"
         return f"precision: {what} in FP8{recipe}{instead}; all else in bf16"
 
@@ -244,6 +245,7 @@ def _try_products(device: torch.device, rowwise: bool) -> None:
     a, b = (torch.zeros(MULTIPLE, MULTIPLE, device=device, dtype=dtype) for dtype in (E4M3, E5M2))
     bias = torch.zeros(MULTIPLE, device=device, dtype=torch.bfloat16)
     product(a, a, inverse, inverse, torch.bfloat16, emulate=False, bias=bias, fast=True)
-    product(b, a, inverse, inverse, torch.bfloat16, emulate=False)
-    product(b, a, number, number, torch.float32, emulate=False)
+    for gradient in (a, b):
+        product(gradient, a, inverse, inverse, torch.bfloat16, emulate=False)
+        product(gradient, a, number, number, torch.float32, emulate=False)
     torch.cuda.synchronize(device)

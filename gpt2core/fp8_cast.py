@@ -1,8 +1,7 @@
 """A tensor rounded to 8-bit floating point, in one pass over it: what it is made into on the way, times a factor, in both
 layouts that matrix products want, with its largest magnitude and, for the gradient of a bias, the sums of its columns.
 
-Formats are e4m3 (largest number 448) for activations and weights and e5m2 (57,344) for gradients, as in Micikevicius et al.
-2022, "FP8 formats for deep learning". Numbers are rounded to the nearest one, but for the softmax gradient: see `dithered`.
+Formats are e4m3 (largest number 448) and e5m2 (57,344) of Micikevicius et al. 2022, "FP8 formats for deep learning". Numbers are rounded to the nearest one, but for the softmax gradient: see `dithered`.
 What is beyond the largest number becomes the largest number; an infinity becomes NaN, so that the update is left out as in
 any other precision. Factors are powers of two: they add no rounding of their own.
 """
@@ -72,12 +71,12 @@ def cast(
     factor: Tensor,
     amax: Tensor,
     what: str,
-    is_gradient: bool,
+    dtype: torch.dtype,
     with_sums: bool,
     emulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """cast_into new memory: row-major, column-major and the sums."""
-    row_major, column_major = _layouts(x, is_gradient)
+    row_major, column_major = _layouts(x, dtype)
     sums = cast_into(row_major, column_major, x, other, targets, factor, amax, what, with_sums, emulate)
     return row_major, column_major, sums
 
@@ -94,7 +93,7 @@ def cast_into(
     with_sums: bool,
     emulate: bool,
 ) -> Tensor:
-    """Fills both layouts, of e4m3 or, for a gradient, e5m2, with x (M, N) made into `what`, times factor (1,): row-major
+    """Fills both layouts, of one 8-bit type, with x (M, N) made into `what`, times factor (1,): row-major
     (M, N), N a multiple of 4, and transposed, (N, M padded with zeros to a multiple of 16). Returns the fp32 sums of the columns (N,), none without `with_sums`.
 
     Raises amax (1,) to the largest magnitude, but for softmax_gradient, whose bound is known. `emulate` uses nothing but PyTorch's operations.
@@ -121,17 +120,16 @@ def _(
     factor: Tensor,
     amax: Tensor,
     what: str,
-    is_gradient: bool,
+    dtype: torch.dtype,
     with_sums: bool,
     emulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sums = torch.empty(x.shape[1] if with_sums else 0, dtype=torch.float32, device=x.device)
-    return *_layouts(x, is_gradient), sums
+    return *_layouts(x, dtype), sums
 
 
-def _layouts(x: Tensor, is_gradient: bool) -> tuple[Tensor, Tensor]:
+def _layouts(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
-    dtype = E5M2 if is_gradient else E4M3
     padded = -(-rows // MULTIPLE) * MULTIPLE
     return (
         torch.empty(rows, columns, dtype=dtype, device=x.device),
@@ -153,21 +151,21 @@ def check_kernels(device: torch.device) -> None:
     if device.type == "cuda":
         fused_loss.check_kernel(device)
     _, log_sums = fused_loss.loss_rows(x, targets)
-    kinds: list[tuple[What, Tensor, Tensor | None, bool, bool]] = [  # as they are used: of what, a gradient, with sums
-        ("itself", x.float(), None, False, False),
-        ("itself", x, None, False, False),
-        ("itself", with_infinity, None, False, False),
-        ("gelu", x, None, False, False),
-        ("itself", x, None, True, True),
-        ("gelu_gradient", x, other, True, True),
-        ("softmax_gradient", x, log_sums, True, False),
+    kinds: list[tuple[What, Tensor, Tensor | None, torch.dtype, bool]] = [  # as they are used: the last is with_sums
+        ("itself", x.float(), None, E4M3, False),
+        ("itself", x, None, E4M3, False),
+        ("itself", with_infinity, None, E4M3, False),
+        ("gelu", x, None, E4M3, False),
+        *(("itself", x, None, dtype, True) for dtype in (E4M3, E5M2)),
+        *(("gelu_gradient", x, other, dtype, True) for dtype in (E4M3, E5M2)),
+        ("softmax_gradient", x, log_sums, E5M2, False),
     ]
-    for what, values, beside, is_gradient, with_sums in kinds:
-        factor = torch.full((1,), 2.0**15 if is_gradient else 2.0**8, device=device)  # the largest numbers are cut
+    for what, values, beside, dtype, with_sums in kinds:
+        factor = torch.full((1,), 2.0**15 if dtype == E5M2 else 2.0**8, device=device)  # the largest numbers are cut
         of_targets = targets if what == "softmax_gradient" else None
         amaxes = torch.zeros(2, 1, device=device)
         mine, reference = (
-            (*cast(values, beside, of_targets, factor, amax, what, is_gradient, with_sums, emulate), amax)
+            (*cast(values, beside, of_targets, factor, amax, what, dtype, with_sums, emulate), amax)
             for amax, emulate in zip(amaxes, (False, True), strict=True)
         )
         if not is_cast(mine, reference, exactly=what == "itself"):

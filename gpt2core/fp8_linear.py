@@ -57,6 +57,7 @@ class Mode(NamedTuple):
 
     dynamic: bool  # factors from the tensor itself
     emulate: bool
+    gradients: torch.dtype = E5M2  # of layers' outputs
 
 
 class Rounded(NamedTuple):
@@ -72,13 +73,13 @@ def _rounded(
     x: Tensor, scale: Scale, mode: Mode, other: Tensor | None = None, what: str = "itself", is_gradient: bool = False
 ) -> Rounded:
     """x made into `what`, which may need `other`."""
+    dtype = mode.gradients if is_gradient else E4M3
     factor, inverse = scale.factor, scale.inverse
     if mode.dynamic:
-        largest = torch.finfo(E5M2 if is_gradient else E4M3).max
-        factor = power_of_two(largest, largest_magnitude(x, other, what))
+        factor = power_of_two(torch.finfo(dtype).max, largest_magnitude(x, other, what))
         inverse = factor.reciprocal()
     with_sums = is_gradient
-    row, column, sums = cast(x, other, None, factor, scale.amax, what, is_gradient, with_sums, mode.emulate)
+    row, column, sums = cast(x, other, None, factor, scale.amax, what, dtype, with_sums, mode.emulate)
     return Rounded(row, column, inverse, sums)
 
 
@@ -172,20 +173,21 @@ class RowwiseLinear8(torch.autograd.Function):
     """x @ weight.T + bias, x (M, inputs), with a factor for each row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, master: Tensor, bias: Tensor, weight: Weight, emulate: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, master: Tensor, bias: Tensor, weight: Weight, mode: Mode) -> Tensor:
         rows, inverse = rows_rounded(x, E4M3)
         ctx.save_for_backward(x)
-        ctx.weight, ctx.emulate = weight, emulate
+        ctx.weight, ctx.mode = weight, mode
         return product(
-            rows, weight.row_major, inverse, weight.row_inverse, x.dtype, emulate, bias.to(x.dtype), fast=True
+            rows, weight.row_major, inverse, weight.row_inverse, x.dtype, mode.emulate, bias.to(x.dtype), fast=True
         )
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        rows, inverse = rows_rounded(gradient, E5M2)
+        weight, mode = ctx.weight, ctx.mode
+        rows, inverse = rows_rounded(gradient, mode.gradients)
         return (
-            product(rows, ctx.weight.column_major, inverse, ctx.weight.column_inverse, gradient.dtype, ctx.emulate),
+            product(rows, weight.column_major, inverse, weight.column_inverse, gradient.dtype, mode.emulate),
             weight_gradient(gradient, x),
             gradient.sum(0, dtype=torch.float32),
             None,
@@ -218,7 +220,7 @@ def _head_loss(
         inverses = of_x.inverse, inverse
         logits = product(of_x.row_major, row_major, *inverses, x.dtype, emulate, bias, fast=True)  # (rows, V)
         losses[some], log_sums = fused_loss.loss_rows(logits, targets[some])
-        row, column, _ = cast(logits, log_sums, targets[some], factor, unused, "softmax_gradient", True, False, emulate)
+        row, column, _ = cast(logits, log_sums, targets[some], factor, unused, "softmax_gradient", E5M2, False, emulate)
         of_logits = Rounded(row, column, gradient_inverse, unused)
         x_gradient[some] = _input_gradient(of_logits, weight, x.dtype, mode)
         weight_gradient += _weight_gradient(of_logits, of_x.column_major, of_x.inverse, mode)

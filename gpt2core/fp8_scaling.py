@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gpt2core.distributed import Ranks
-from gpt2core.fp8_cast import E4M3, E5M2, power_of_two
+from gpt2core.fp8_cast import E4M3, power_of_two
 from gpt2core.fp8_linear import Scale
 
 HISTORY = 16  # updates that are looked back on
@@ -18,16 +18,19 @@ HEADROOM = 2.0  # for a magnitude to outgrow them; costs one of e4m3's 18 and of
 class DelayedScaling:
     """The scales of the blocks' layers: for each layer that of its input, then that of its output's gradient.
 
-    Magnitudes are the largest over all micro-steps and ranks. `tokens_per_rank`, of a step, tells the size of gradients.
+    Magnitudes are the largest over all micro-steps and ranks. `gradients` is the type they are rounded to; `tokens_per_rank`, of
+    a step, tells their size.
     """
 
-    def __init__(self, scales: dict[str, tuple[Scale, Scale]], tokens_per_rank: int, ranks: Ranks) -> None:
+    def __init__(
+        self, scales: dict[str, tuple[Scale, Scale]], gradients: torch.dtype, tokens_per_rank: int, ranks: Ranks
+    ) -> None:
         self.layers, self.tokens_per_rank, self.ranks = list(scales), tokens_per_rank, ranks
         pairs = list(scales.values())
         self.factors, self.inverses, self.amaxes = (
             [scale[part] for pair in pairs for scale in pair] for part in range(3)
         )
-        largest = [torch.finfo(dtype).max for dtype in (E4M3, E5M2)]
+        largest = [torch.finfo(dtype).max for dtype in (E4M3, gradients)]
         self.largest = torch.tensor(largest * len(pairs), device=ranks.device)
         self.history = torch.zeros(HISTORY, len(self.largest), device=ranks.device)
         self.saturated = torch.zeros((), device=ranks.device)  # how often a tensor outgrew its factor, since last read

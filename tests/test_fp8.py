@@ -33,16 +33,19 @@ RECIPES = ["delayed", "tensorwise", "rowwise"]
 # 2^-3 in e5m2 (3), in the root mean square by 0.42 of that; errors of the factors of a product add up as squares.
 E4M3_ERROR, E5M2_ERROR = 0.42 * 2**-4, 0.42 * 2**-3
 VALUE, GRADIENT = 1.25 * (2 * E4M3_ERROR**2) ** 0.5, 1.25 * (E4M3_ERROR**2 + E5M2_ERROR**2) ** 0.5
+GRADIENT_WITHIN = {"e4m3": 1.15 * VALUE, "e5m2": GRADIENT}  # the first is below what e5m2 is off by on average
 
 
 def random(*shape: int, device: str = "cpu") -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(device)
 
 
-def settings(recipe: str = "delayed", precision: str = "fp8", device: str = "cpu") -> TrainConfig:
-    fp8_recipe = {"fp8_recipe": recipe} if precision == "fp8" else {}
+def settings(
+    recipe: str = "delayed", precision: str = "fp8", device: str = "cpu", gradients: str = "e5m2"
+) -> TrainConfig:
+    of_blocks = {"fp8_recipe": recipe, "fp8_gradients": gradients} if precision == "fp8" else {}
     kernels = "plain" if device == "cpu" else "auto"
-    return TrainConfig.model_validate({"precision": precision, "kernels": kernels, **fp8_recipe})
+    return TrainConfig.model_validate({"precision": precision, "kernels": kernels, **of_blocks})
 
 
 def ranks(device: str = "cpu") -> Ranks:
@@ -87,14 +90,12 @@ def test_factors_are_the_largest_powers_of_two_that_fit() -> None:
         assert number * factor <= 448.0 < number * factor * 2
 
 
-@pytest.mark.parametrize(("is_gradient", "dtype", "significant_bits"), [(False, E4M3, 4), (True, E5M2, 3)])
-def test_a_cast_rounds_to_nearest_cuts_and_transposes(
-    is_gradient: bool, dtype: torch.dtype, significant_bits: int
-) -> None:
+@pytest.mark.parametrize(("dtype", "significant_bits"), [(E4M3, 4), (E5M2, 3)])
+def test_a_cast_rounds_to_nearest_cuts_and_transposes(dtype: torch.dtype, significant_bits: int) -> None:
     x, amax = 100 * random(21, 40), torch.zeros(1)
     largest = torch.finfo(dtype).max
     factor = torch.tensor([2 * power_of_two(largest, x.abs().amax()).item()])  # so that some is cut
-    row_major, column_major, sums = cast(x, None, None, factor, amax, "itself", is_gradient, True, True)
+    row_major, column_major, sums = cast(x, None, None, factor, amax, "itself", dtype, True, True)
     wanted = (x * factor).clamp(-largest, largest)
     assert row_major.dtype == column_major.dtype == dtype
     assert ((row_major.float() - wanted).abs() <= wanted.abs() * 2.0**-significant_bits).all()
@@ -142,9 +143,9 @@ def check(
     return [(a.detach().double(), b.detach()) for a, b in pairs if a is not None and b is not None]
 
 
-def check_layers(recipe: str, device: str, x: Tensor, of_gradients: float = 1.0) -> None:
+def check_layers(recipe: str, gradients: str, device: str, x: Tensor, of_gradients: float = 1.0) -> None:
     """A block's layers, on x and on gradients of this size, are as exact as 8 bits allow, and no more: so 8 bits they are."""
-    model, _ = model_in_fp8(settings(recipe, device=device), device)
+    model, _ = model_in_fp8(settings(recipe, device=device, gradients=gradients), device)
     block: Any = model.transformer.h[0]
     fc, proj, qkv = block.mlp.c_fc, block.mlp.c_proj, block.attn.c_attn
     rows = x.shape[:-1]
@@ -160,27 +161,30 @@ def check_layers(recipe: str, device: str, x: Tensor, of_gradients: float = 1.0)
         [x, qkv.weight.detach(), qkv.bias.detach()],
         seed=of_gradients * random(*rows, len(qkv.weight), device=device),
     )
-    for ((value, exact), *gradients), products in ((of_mlp, 2), (of_linear, 1)):
+    for ((value, exact), *found), products in ((of_mlp, 2), (of_linear, 1)):
         error = (value - exact).norm() / exact.norm()
         assert VALUE / 3 <= error <= products**0.5 * VALUE
-        for mine, theirs in gradients:
-            assert (mine - theirs).norm() <= products**0.5 * GRADIENT * theirs.norm()
+        for mine, theirs in found:
+            assert (mine - theirs).norm() <= products**0.5 * GRADIENT_WITHIN[gradients] * theirs.norm()
+    assert (of_linear[1][0] - of_linear[1][1]).norm() > GRADIENT_WITHIN[gradients] / 3 * of_linear[1][1].norm()
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("gradients", ["e5m2", "e4m3"])
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
 @pytest.mark.parametrize("rows", [64, 37, 1])
-def test_layers_compute_what_they_should(recipe: str, rows: int, device: str) -> None:
-    check_layers(recipe, device, random(2, rows, 32, device=device).bfloat16())
+def test_layers_compute_what_they_should(recipe: str, rows: int, gradients: str, device: str) -> None:
+    check_layers(recipe, gradients, device, random(2, rows, 32, device=device).bfloat16())
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("gradients", ["e5m2", "e4m3"])
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
 @pytest.mark.parametrize(("size", "of_gradients"), [(1e-5, 1e5), (1.0, 1e-5)])  # of far larger x GELU's slope is a step
 def test_factors_bring_numbers_of_any_size_into_the_range_of_8_bits(
-    recipe: str, size: float, of_gradients: float, device: str
+    recipe: str, size: float, of_gradients: float, gradients: str, device: str
 ) -> None:
-    check_layers(recipe, device, size * random(2, 64, 32, device=device).bfloat16(), of_gradients)
+    check_layers(recipe, gradients, device, size * random(2, 64, 32, device=device).bfloat16(), of_gradients)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -287,7 +291,7 @@ def test_without_gradients_a_model_computes_as_it_will_be_used() -> None:
 
 def test_delayed_factors_look_back_on_the_last_updates() -> None:
     scale = Scale.new(torch.device("cpu"))
-    scaling = DelayedScaling({"layer": (scale, Scale.new(torch.device("cpu")))}, 8, ranks())
+    scaling = DelayedScaling({"layer": (scale, Scale.new(torch.device("cpu")))}, E5M2, 8, ranks())
     scale.amax.fill_(1.0)
     scaling.calibrated()
     for update in range(HISTORY + 1):
@@ -317,7 +321,7 @@ def test_a_calibration_knows_nothing_of_before_nor_of_what_is_not_finite() -> No
 @pytest.mark.parametrize(("amax", "is_bad"), [(torch.inf, 0.0), (0.0, 1.0), (1e9, 1.0)])
 def test_an_update_that_is_left_out_leaves_the_factors_alone(amax: float, is_bad: float) -> None:
     scale = Scale.new(torch.device("cpu"))
-    scaling = DelayedScaling({"layer": (scale, Scale.new(torch.device("cpu")))}, 8, ranks())
+    scaling = DelayedScaling({"layer": (scale, Scale.new(torch.device("cpu")))}, E5M2, 8, ranks())
     scale.amax.fill_(3.0)
     scaling.calibrated()
     for _ in range(HISTORY):
@@ -376,7 +380,7 @@ def test_a_state_that_does_not_fit_is_not_taken_over(saved: dict[str, Any]) -> N
 def _factor_of_rank(rank: int, file: str, found: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     scale = Scale.new(torch.device("cpu"))
-    scaling = DelayedScaling({"layer": (scale, scale)}, 8, Ranks(rank, 2, torch.device("cpu")))
+    scaling = DelayedScaling({"layer": (scale, scale)}, E5M2, 8, Ranks(rank, 2, torch.device("cpu")))
     factors = []
     for after in (scaling.calibrated, lambda: scaling.updated(torch.zeros(()))):
         scale.amax.fill_(1.0 + 99 * rank)

@@ -34,7 +34,8 @@ def two_ranks(lab: Any) -> Path:
     """Two epochs in FP8 in two processes; there is a checkpoint of the first."""
     done = lab.train(lab.flags(lab.root / "fp8", **RUN), nproc=2)
     assert (
-        "precision: the blocks' linear layers and the head in FP8 (delayed scaling), EMULATED; all else" in done.stdout
+        "precision: the blocks' linear layers and the head in FP8 (delayed scaling, gradients in e5m2), EMULATED; all else"
+        in done.stdout
     )
     return lab.root / "fp8" / "tiny"
 

@@ -41,7 +41,9 @@ def in_group(name: str, group: str) -> bool:
 
 def trainer_of(config: RunConfig, device: torch.device, **changes: Any) -> Trainer:
     """As the flags say, but for how it computes."""
-    train = config.train.model_dump(exclude={"precision", "fp8_recipe"}) | {"hellaswag_freq": 0} | changes
+    train = (
+        config.train.model_dump(exclude={"precision", "fp8_recipe", "fp8_gradients"}) | {"hellaswag_freq": 0} | changes
+    )
     return Trainer(RunConfig.model_validate(config.model_dump() | {"train": train}), Ranks(0, 1, device))
 
 

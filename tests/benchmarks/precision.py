@@ -3,8 +3,8 @@
     python tests/benchmarks/precision.py --steps 500 --data_dir DIR [--seconds 540] [--at_once 4] [any flags of `gpt2 train`]
     python tests/benchmarks/precision.py --ways bf16 plain ...      the fused kernels beside PyTorch's own
 
-A way is a --precision, with its --fp8_recipe behind a colon, or `plain` for bf16 with --kernels plain; `plain@300` stops at
-step 300 of the same schedule. The first one, which goes to the end, is what the others are compared with. What is done
+A way is a --precision, with its --fp8_recipe and --fp8_gradients behind colons, or `plain` for bf16 with --kernels plain;
+`plain@300` stops at step 300 of the same schedule. The first one, which goes to the end, is what the others are compared with. What is done
 stays: with --seconds the run under way is saved when the time is up, exit code 75 says that there is more to do, and the same
 command goes on. At the end --folder holds precision.md (the table) and precision.png (losses and gradient norms).
 """
@@ -15,7 +15,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from trainings import Curve, Trainings, Way
+from trainings import Curve, Trainings, Way, precision_flags
 
 from gpt2core.config import TrainConfig
 from gpt2core.flags import TRY_AGAIN, main_guard
@@ -26,8 +26,7 @@ def way(wanted: str) -> Way:
     name, _, stop = wanted.partition("@")
     flags, label = {"precision": "bf16", "kernels": "plain"}, "bf16, PyTorch's own kernels"
     if name != "plain":
-        precision, _, recipe = name.partition(":")
-        flags, label = {"precision": precision} | ({"fp8_recipe": recipe} if recipe else {}), name.replace(":", ", ")
+        flags, label = precision_flags(name), name.replace(":", ", ")
     TrainConfig.model_validate(flags)
     file_name = wanted.replace(":", "_").replace("@", "_to_")
     return Way(file_name, label, flags, int(stop) if stop else None)

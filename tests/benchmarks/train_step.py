@@ -5,7 +5,7 @@
     python tests/benchmarks/train_step.py --tiny --device cpu            seconds, to see that it runs
 
 `ours` is the trainer as a run has it: shards from disk, clipping, the schedule, the logs, TensorBoard; with --precision also
-in other ones, with the recipe behind a colon. --profile lists the kernels of a step of each of these. The others do what
+in other ones, with --fp8_recipe and --fp8_gradients behind colons. --profile lists the kernels of a step of each of these. The others do what
 their own scripts do in a step (forward and backward under autocast in bf16, accumulation, clipping, fused AdamW) on tokens
 that lie on the device already. `plain` is a GPT-2 as the textbooks write it, compiled. nanoGPT is taken from a checkout.
 MFU counts the model's FLOPs as PaLM does (Chowdhery et al. 2022, appendix B).
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from trainings import precision_flags
 
 from gpt2core.board import Board
 from gpt2core.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
@@ -158,8 +159,7 @@ class Peers:
 def ours(config: RunConfig, ranks: Ranks, precision: str | None = None) -> Contender:
     """A whole run's step: data, schedule, update, logs; of all ranks together."""
     if precision:
-        wanted, _, recipe = precision.partition(":")
-        train = config.train.model_dump() | {"precision": wanted} | ({"fp8_recipe": recipe} if recipe else {})
+        train = config.train.model_dump() | precision_flags(precision)
         config = config.model_copy(update={"train": TrainConfig.model_validate(train)})
     trainer = Trainer(config, ranks)
     log = None

@@ -22,6 +22,11 @@ from gpt2core.run_folder import RunFolder
 FIXED = "--hellaswag_freq 0 --sample_freq 0 --histogram_freq 0 --log_freq 1 --keep_checkpoints 1 --no-keep_best --no-use_tensorboard"
 
 
+def precision_flags(wanted: str) -> dict[str, str]:
+    """Of a --precision with, behind colons, its --fp8_recipe and its --fp8_gradients: `fp8:delayed:e4m3`."""
+    return dict(zip(("precision", "fp8_recipe", "fp8_gradients"), wanted.split(":"), strict=False))
+
+
 @dataclass(frozen=True)
 class Way:
     name: str  # of its runs
