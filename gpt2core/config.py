@@ -244,8 +244,8 @@ class TrainConfig(Settings):
         "delayed",
         description="What precision fp8 scales numbers by: the largest ones of past updates, of the tensor, or of each row.",
     )
-    fp8_gradients: Literal["e5m2", "e4m3"] = Field(
-        "e5m2",
+    fp8_gradients: Literal["e4m3", "e5m2"] = Field(
+        "e4m3",
         description="What precision fp8 rounds the gradients of the blocks' layers to: e4m3 is a bit more exact, e5m2 holds numbers that are further apart.",
     )
     deterministic: bool = Field(

@@ -83,6 +83,9 @@ class RunFolder:
     def _begun(self, wanted: TrainConfig, epochs_done: float | None) -> RunConfig:
         """The configuration in config.json, with the wanted length where that changes nothing of what is done."""
         begun = read_config(self.config_file)
+        if begun.train.precision == "fp8" and "fp8_gradients" not in begun.train.model_fields_set:
+            before_the_setting = {"fp8_gradients": "e5m2"}
+            begun = begun.model_copy(update={"train": begun.train.model_copy(update=before_the_setting)})
         if begun.train.lr_schedule != "wsd":
             return begun
         if epochs_done is None:

@@ -41,7 +41,7 @@ def random(*shape: int, device: str = "cpu") -> Tensor:
 
 
 def settings(
-    recipe: str = "delayed", precision: str = "fp8", device: str = "cpu", gradients: str = "e5m2"
+    recipe: str = "delayed", precision: str = "fp8", device: str = "cpu", gradients: str = "e4m3"
 ) -> TrainConfig:
     of_blocks = {"fp8_recipe": recipe, "fp8_gradients": gradients} if precision == "fp8" else {}
     kernels = "plain" if device == "cpu" else "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def two_ranks(lab: Any) -> Path:
     """Two epochs in FP8 in two processes; there is a checkpoint of the first."""
     done = lab.train(lab.flags(lab.root / "fp8", **RUN), nproc=2)
     assert (
-        "precision: the blocks' linear layers and the head in FP8 (delayed scaling, gradients in e5m2), EMULATED; all else"
+        "precision: the blocks' linear layers and the head in FP8 (delayed scaling, gradients in e4m3), EMULATED; all else"
         in done.stdout
     )
     return lab.root / "fp8" / "tiny"
@@ -72,6 +73,19 @@ def test_a_run_in_bf16_goes_on_in_fp8_and_back(lab: Any, tmp_path: Path, train_h
         assert f"WARNING: with another precision than before, as forced: {change}" in log
     assert log.count("precision: activations in bf16") == 2
     assert {float(moments["step"]) for moments in state["optimizer"]["state"].values()} == {3.0}
+
+
+def test_a_run_from_before_gradients_had_a_choice_goes_on_with_e5m2(lab: Any, tmp_path: Path, train_here: Any) -> None:
+    flags = lab.flags(tmp_path, **RUN | {"steps_per_epoch": 1})
+    train_here([*flags, "--fp8_gradients", "e5m2", "--stop_epoch", 1])
+    config = tmp_path / "tiny" / "config.json"
+    stored = json.loads(config.read_text())
+    del stored["train"]["fp8_gradients"]
+    config.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"train\.fp8_gradients: e5m2 -> e4m3"):
+        train_here([*flags, "--resume", "latest"])
+    train_here([*flags, "--fp8_gradients", "e5m2", "--resume", "latest"])
+    assert lab.latest(tmp_path / "tiny")["step"] == 2
 
 
 def test_muon_in_fp8_resumes_bit_for_bit_and_is_exported(lab: Any, tmp_path: Path, train_here: Any) -> None:
