@@ -246,7 +246,8 @@ class TrainConfig(Settings):
     )
     fp8_gradients: Literal["e4m3", "e5m2"] = Field(
         "e4m3",
-        description="What precision fp8 rounds the gradients of the blocks' layers to: e4m3 is a bit more exact, e5m2 holds numbers that are further apart.",
+        description="What precision fp8 rounds the gradients of the blocks' layers to: e4m3 is more exact by a bit, e5m2 holds "
+        "numbers that are further apart.",
     )
     deterministic: bool = Field(
         False,
