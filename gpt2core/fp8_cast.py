@@ -1,9 +1,10 @@
 """A tensor rounded to 8-bit floating point, in one pass over it: what it is made into on the way, times a factor, in both
 layouts that matrix products want, with its largest magnitude and, for the gradient of a bias, the sums of its columns.
 
-Formats are e4m3 (largest number 448) and e5m2 (57,344) of Micikevicius et al. 2022, "FP8 formats for deep learning". Numbers are rounded to the nearest one, but for the softmax gradient: see `dithered`.
-What is beyond the largest number becomes the largest number; an infinity becomes NaN, so that the update is left out as in
-any other precision. Factors are powers of two: they add no rounding of their own.
+Formats are e4m3 (largest number 448) and e5m2 (57,344) of Micikevicius et al. 2022, "FP8 formats for deep learning". Numbers
+are rounded to the nearest one, but for the softmax gradient: see `dithered`. What is beyond the largest number becomes the
+largest number; an infinity becomes NaN, so that the update is left out as in any other precision. Factors are powers of two:
+they add no rounding of their own.
 """
 
 from __future__ import annotations

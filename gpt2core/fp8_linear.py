@@ -57,7 +57,7 @@ class Mode(NamedTuple):
 
     dynamic: bool  # factors from the tensor itself
     emulate: bool
-    gradients: torch.dtype = E5M2  # of layers' outputs
+    gradients: torch.dtype  # what those of layers' outputs are rounded to
 
 
 class Rounded(NamedTuple):
@@ -212,7 +212,7 @@ def _head_loss(
     factor, unused = torch.full_like(inverse, HEAD_FACTOR), torch.zeros_like(inverse)
     gradient_inverse = 1 / (factor * len(x))
     weight, scale = Weight(row_major, column_major, inverse, inverse), Scale(factor, factor, unused)
-    mode = Mode(dynamic=True, emulate=emulate)
+    mode = Mode(dynamic=True, emulate=emulate, gradients=E5M2)
     bias = _lost_of_the_mean(x, master, row_major, inverse).to(x.dtype)
     for start in range(0, len(x), rows):
         some = slice(start, start + rows)
@@ -220,7 +220,9 @@ def _head_loss(
         inverses = of_x.inverse, inverse
         logits = product(of_x.row_major, row_major, *inverses, x.dtype, emulate, bias, fast=True)  # (rows, V)
         losses[some], log_sums = fused_loss.loss_rows(logits, targets[some])
-        row, column, _ = cast(logits, log_sums, targets[some], factor, unused, "softmax_gradient", E5M2, False, emulate)
+        row, column, _ = cast(
+            logits, log_sums, targets[some], factor, unused, "softmax_gradient", mode.gradients, False, emulate
+        )
         of_logits = Rounded(row, column, gradient_inverse, unused)
         x_gradient[some] = _input_gradient(of_logits, weight, x.dtype, mode)
         weight_gradient += _weight_gradient(of_logits, of_x.column_major, of_x.inverse, mode)

@@ -45,13 +45,13 @@ def seconds(do: Callable[[], object], device: torch.device, rounds: int) -> floa
 
 def rounding(shape: ModelConfig, tokens: int, device: torch.device, rounds: int) -> None:
     width, head_tokens = shape.embd_size, min(tokens, ROWS)
-    casts: list[tuple[str, What, int, int, torch.dtype]] = [  # what, in which way, rows, columns, to what
-        ("activation", "itself", tokens, width, E4M3),
-        ("GELU of one", "gelu", tokens, 4 * width, E4M3),
-        ("gradient", "itself", tokens, width, E5M2),
-        ("gradient of qkv", "itself", tokens, 3 * width, E5M2),
-        ("gradient times GELU's", "gelu_gradient", tokens, 4 * width, E5M2),
-        ("gradient of the logits", "softmax_gradient", head_tokens, shape.vocab_size, E5M2),
+    casts: list[tuple[str, What, int, int, bool]] = [  # what, in which way, rows, columns, with the sums of a gradient
+        ("activation", "itself", tokens, width, False),
+        ("GELU of one", "gelu", tokens, 4 * width, False),
+        ("gradient", "itself", tokens, width, True),
+        ("gradient of qkv", "itself", tokens, 3 * width, True),
+        ("gradient times GELU's", "gelu_gradient", tokens, 4 * width, True),
+        ("gradient of the logits", "softmax_gradient", head_tokens, shape.vocab_size, False),
     ]
     whole = torch.empty(2 * tokens * width, dtype=torch.bfloat16, device=device)
     copied = torch.empty_like(whole)
@@ -59,13 +59,13 @@ def rounding(shape: ModelConfig, tokens: int, device: torch.device, rounds: int)
     print(
         f"{'rounding':26}{'us':>8}{'TB/s':>8}\n{'(a copy)':26}{1e6 * took:8.0f}{8 * tokens * width / took / 1e12:8.2f}"
     )
-    for name, what, rows, columns, dtype in casts:
+    for name, what, rows, columns, with_sums in casts:
         x = torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
         other = torch.randn_like(x) if what == "gelu_gradient" else None
         targets = None
         if what == "softmax_gradient":
             other, targets = x.float().logsumexp(1), torch.zeros(rows, dtype=torch.int64, device=device)
-        with_sums = dtype == E5M2 and targets is None
+        dtype = E5M2 if what == "softmax_gradient" else E4M3
         factor, amax = torch.ones(1, device=device), torch.zeros(1, device=device)
 
         emulate = device.type == "cpu"
@@ -83,10 +83,11 @@ def products(shape: ModelConfig, tokens: int, device: torch.device, rounds: int)
     print(f"\n{'product, TFLOP/s':48}{'bf16':>10}{'FP8':>10}")
     one = torch.ones(1, device=device)
     for name, (rows, inputs, outputs) in layers.items():
+        of_gradients = E5M2 if name == "head" else E4M3
         of_kinds = {
             "forward": (rows, outputs, inputs, E4M3, True),
-            "gradient of the input": (rows, inputs, outputs, E5M2, False),
-            "gradient of the weight": (outputs, inputs, rows, E5M2, False),
+            "gradient of the input": (rows, inputs, outputs, of_gradients, False),
+            "gradient of the weight": (outputs, inputs, rows, of_gradients, False),
         }
         for kind, (m, n, k, dtype, fast) in of_kinds.items():
             a, b = (torch.randn(size, k, device=device, dtype=torch.bfloat16) for size in (m, n))

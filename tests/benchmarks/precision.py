@@ -4,9 +4,9 @@
     python tests/benchmarks/precision.py --ways bf16 plain ...      the fused kernels beside PyTorch's own
 
 A way is a --precision, with its --fp8_recipe and --fp8_gradients behind colons, or `plain` for bf16 with --kernels plain;
-`plain@300` stops at step 300 of the same schedule. The first one, which goes to the end, is what the others are compared with. What is done
-stays: with --seconds the run under way is saved when the time is up, exit code 75 says that there is more to do, and the same
-command goes on. At the end --folder holds precision.md (the table) and precision.png (losses and gradient norms).
+`plain@300` stops at step 300 of the same schedule. The first one, which goes to the end, is what the others are compared with.
+What is done stays: with --seconds the run under way is saved when the time is up, exit code 75 says that there is more to do,
+and the same command goes on. At the end --folder holds precision.md (the table) and precision.png (losses and gradient norms).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ FIXED = "--hellaswag_freq 0 --sample_freq 0 --histogram_freq 0 --log_freq 1 --ke
 
 def precision_flags(wanted: str) -> dict[str, str]:
     """Of a --precision with, behind colons, its --fp8_recipe and its --fp8_gradients: `fp8:delayed:e4m3`."""
-    return dict(zip(("precision", "fp8_recipe", "fp8_gradients"), wanted.split(":"), strict=False))
+    return dict(zip(("precision", "fp8_recipe", "fp8_gradients"), wanted.split(":", 2), strict=False))
 
 
 @dataclass(frozen=True)
