@@ -90,7 +90,8 @@ class FP8:
     def __init__(self, model: GPT, train: TrainConfig, ranks: Ranks, emulate: bool) -> None:
         self.recipe, self.head_only = train.fp8_recipe, train.precision == "fp8_head"
         self.rowwise = self.recipe == "rowwise"
-        self.gradients, gradients = train.fp8_gradients, {"e4m3": E4M3, "e5m2": E5M2}[train.fp8_gradients]
+        self.gradients = train.fp8_gradients
+        gradients = {"e4m3": E4M3, "e5m2": E5M2}[self.gradients]
         self.mode = Mode(dynamic=self.recipe == "tensorwise", emulate=emulate, gradients=gradients)
         self.head_master, self.head = model.lm_head.weight, Weight.like(model.lm_head.weight, rowwise=False)
         model.kernels = replace(model.kernels, mean_loss=self._mean_loss)

@@ -94,10 +94,12 @@ def cast_into(
     with_sums: bool,
     emulate: bool,
 ) -> Tensor:
-    """Fills both layouts, of one 8-bit type, with x (M, N) made into `what`, times factor (1,): row-major
-    (M, N), N a multiple of 4, and transposed, (N, M padded with zeros to a multiple of 16). Returns the fp32 sums of the columns (N,), none without `with_sums`.
+    """Fills both layouts, of one 8-bit type, with x (M, N) made into `what`, times factor (1,): row-major (M, N), N a multiple
+    of 4, and transposed, (N, M padded with zeros to a multiple of 16). Returns the fp32 sums of the columns (N,), none without
+    `with_sums`.
 
-    Raises amax (1,) to the largest magnitude, but for softmax_gradient, whose bound is known. `emulate` uses nothing but PyTorch's operations.
+    Raises amax (1,) to the largest magnitude, but for softmax_gradient, whose bound is known. `emulate` uses nothing but
+    PyTorch's operations.
     """
     if not emulate:
         from gpt2core import triton_kernels

@@ -187,8 +187,9 @@ def test_kernels_that_a_compiler_spoilt_are_found_at_the_start(monkeypatch: pyte
     right = kernels.cast
 
     def wrong(*arguments: Any, spoilt: str) -> Tensor:
-        sums, (amax, row_major, column_major, what) = right(*arguments), arguments[4:8]
-        if spoilt == what:
+        sums, (amax, row_major, column_major, what, with_sums) = right(*arguments), arguments[4:9]
+        is_gradient_in_e4m3 = with_sums and row_major.dtype == E4M3
+        if spoilt == what or (spoilt == "gradient in e4m3" and is_gradient_in_e4m3):
             column_major.view(torch.uint8)[5, 3] ^= 1
         if spoilt == "amax" and what == "gelu":
             amax *= 1.01
@@ -199,7 +200,8 @@ def test_kernels_that_a_compiler_spoilt_are_found_at_the_start(monkeypatch: pyte
             sums *= 1.01
         return sums
 
-    for spoilt in ("itself", "gelu", "gelu_gradient", "softmax_gradient", "amax", "both layouts", "sums"):
+    kinds = ("itself", "gelu", "gelu_gradient", "softmax_gradient", "gradient in e4m3")
+    for spoilt in (*kinds, "amax", "both layouts", "sums"):
         monkeypatch.setattr(kernels, "cast", partial(wrong, spoilt=spoilt))
         with pytest.raises(RuntimeError, match="Triton compiles a kernel wrongly"):
             check_kernels(here)

@@ -5,9 +5,9 @@
     python tests/benchmarks/train_step.py --tiny --device cpu            seconds, to see that it runs
 
 `ours` is the trainer as a run has it: shards from disk, clipping, the schedule, the logs, TensorBoard; with --precision also
-in other ones, with --fp8_recipe and --fp8_gradients behind colons. --profile lists the kernels of a step of each of these. The others do what
-their own scripts do in a step (forward and backward under autocast in bf16, accumulation, clipping, fused AdamW) on tokens
-that lie on the device already. `plain` is a GPT-2 as the textbooks write it, compiled. nanoGPT is taken from a checkout.
+in other ones, with --fp8_recipe and --fp8_gradients behind colons. --profile lists the kernels of a step of each of these.
+The others do what their own scripts do in a step (forward and backward under autocast in bf16, accumulation, clipping, fused
+AdamW) on tokens that lie on the device already. `plain` is a GPT-2 as the textbooks write it, compiled. nanoGPT is taken from a checkout.
 MFU counts the model's FLOPs as PaLM does (Chowdhery et al. 2022, appendix B).
 """
 
