@@ -66,7 +66,7 @@ def _head_loss(x: Tensor, weight: Tensor, targets: Tensor, rows: int, quack: boo
         logits = multiply(x[some], cast.T)  # (rows, V)
         losses[some] = _losses_in_place(logits, targets[some], 1.0 / len(x))
         multiply(logits, cast, out=x_gradient[some])
-        _add_product(weight_gradient, logits.T, x[some])
+        add_product(weight_gradient, logits.T, x[some])
         del logits  # the next ones take its place in memory
     return losses.mean(), x_gradient, weight_gradient
 
@@ -90,7 +90,7 @@ def _scale_gradients(ctx: Any, loss_gradient: Tensor, *_: None) -> tuple[Tensor,
 _head_loss.register_autograd(_scale_gradients, setup_context=save_gradients)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, where total is fp32 and the factors may be bf16."""
     if a.is_cuda and a.dtype != total.dtype:
         torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2core import cublaslt, cudnn_attention, fused_loss, hopper
+from gpt2core import cublaslt, cudnn_attention, fused_loss, hopper, kernel_cache
 from gpt2core.config import ModelConfig
-from gpt2core.device_trial import failure_of
+from gpt2core.device_trial import check_close, failure_of
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
@@ -191,7 +191,9 @@ def pick_kernels(
                 f"kernels fused: they are for bf16 on an NVIDIA GPU, and this is {dtype} on {device.type}; use --kernels auto"
             )
         return PLAIN
-    parts = {**_pick_products(device, model, fp8), "attention": _pick_attention(device, model)}
+    with kernel_cache.filling(device, model, ["flash_attn"] if fp8 else ["flash_attn", "quack"]):
+        parts = _pick_products(device, model, fp8)
+    parts["attention"] = _pick_attention(device, model)
     missing = "; ".join(f"{name}: {why_not}" for name, _, why_not in parts.values() if why_not)
     if wanted == "fused" and missing:
         raise ValueError(f"kernels fused: {missing}; use --kernels auto, which takes what there is")
@@ -202,6 +204,8 @@ def pick_kernels(
 
 
 def _pick_products(device: torch.device, model: ModelConfig, fp8: bool) -> dict[str, Part]:
+    if why_not_sums := failure_of(partial(_try_weight_gradients, device)):
+        return {"linear": ("weight gradients in fp32", linear, why_not_sums)}  # the others need them, too
     why_not_loss = fused_loss.why_not(device)
     quack, why_not_quack = (None, "") if fp8 else _quack_products(device, model)
     if quack:
@@ -218,6 +222,16 @@ def _pick_products(device: torch.device, model: ModelConfig, fp8: bool) -> dict[
         "linear": ("weight gradients in fp32", fused_linear, None),
         "mlp": (gelu, fused_mlp, cublaslt.why_not(device, model.embd_size)),
     }
+
+
+def _try_weight_gradients(device: torch.device) -> None:
+    random = torch.Generator(device).manual_seed(0)
+    gradient, x = (torch.randn(64, n, device=device, dtype=torch.bfloat16, generator=random) for n in (16, 8))
+    expected = gradient.float().T @ x.float()
+    check_close(weight_gradient(gradient, x), expected, "a product of bf16 in fp32")
+    total = expected.clone()
+    fused_loss.add_product(total, gradient.T, x)
+    check_close(total, 2 * expected, "a product of bf16 added in fp32")
 
 
 def _quack_products(device: torch.device, model: ModelConfig) -> tuple[Products | None, str]:

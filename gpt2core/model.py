@@ -33,12 +33,20 @@ class Layout(Protocol):
         """Attention, (B, T, H, D), of the queries, keys and values in (B, T, 3, H, D); called for each layer in turn."""
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Nothing: drawn as PyTorch does they would only be drawn again (GPT.init_weights) or loaded."""
+
+
 class Linear(nn.Linear):
     """A linear layer that computes in the dtype of its input, and may add its output to a residual."""
 
     def __init__(self, in_features: int, out_features: int, kernels: Kernels, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
         self.kernels = kernels
+
+    def reset_parameters(self) -> None:
+        """Nothing, as in Embedding."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return self.kernels.linear(x, self.weight, self.bias, residual)
@@ -92,14 +100,14 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.embd_size)
-        self.wpe = nn.Embedding(config.context_length, config.embd_size)
+        self.wte = Embedding(config.vocab_size, config.embd_size)
+        self.wpe = Embedding(config.context_length, config.embd_size)
         self.h = nn.ModuleList(Block(config, kernels) for _ in range(config.num_layers))
         self.ln_f = LayerNorm(config.embd_size)
 
 
 class GPT(nn.Module):
-    """GPT-2 with its head tied to the token embedding."""
+    """GPT-2 with its head tied to the token embedding. Its weights are not set before init_weights or load_state_dict."""
 
     def __init__(
         self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32, kernels: Kernels = PLAIN

@@ -95,7 +95,8 @@ def _checked(what: str, look: Callable[[], Finding | str]) -> Finding:
 
 def _batch(config: RunConfig, world_size: int) -> str:
     steps = config.grad_accum_steps(world_size)
-    return f"{config.train.total_batch_size:,} tokens over {world_size} ranks, {steps} accumulation steps each"
+    most = "at most " if config.train.mini_batch_size == "auto" else ""  # auto takes as many sequences at once as fit
+    return f"{config.train.total_batch_size:,} tokens over {world_size} ranks, {most}{steps} accumulation steps each"
 
 
 def _data(config: RunConfig) -> str:

@@ -8,6 +8,8 @@ Gradients of weights are not: long sums of few tiles stay with cuBLAS (docs/resu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from quack.epilogue.library import dgelu_dbias_epi
@@ -105,27 +107,45 @@ def why_not(device: torch.device, width: int) -> str | None:
     PyTorch's."""
     if width % ALIGNMENT:
         return f"width {width} is not a multiple of {ALIGNMENT}"
-    return failure_of(lambda: _check(device, width))
+    return failure_of(lambda: [trial() for trial in trials(device, width).values()])
 
 
-def _check(device: torch.device, width: int) -> None:
+def trials(device: torch.device, width: int) -> dict[str, Callable[[], None]]:
+    """By what it multiplies for, each product in small. One raises what the compiler raises, or RuntimeError where the result is not PyTorch's."""
     random = torch.Generator(device).manual_seed(0)
 
     def some(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=torch.bfloat16, generator=random)
 
-    x, weight, bias, back = some(300, width), some(4 * width, width), some(4 * width), some(width, 4 * width)
+    x, weight, bias, residual = some(300, width), some(4 * width, width), some(4 * width), some(300, 4 * width)
     weight /= width**0.5
-    activated, z = linear_gelu(x, weight, bias)
-    exact = F.linear(x.float(), weight.float(), bias.float())
-    check_close(z, exact, "QuACK's product with GELU")
-    check_close(activated, F.gelu(exact, approximate="tanh"), "QuACK's GELU")
-    check_close(linear(x, weight, bias, None), exact, "QuACK's product")
-    check_close(linear(x, weight, bias, z), exact + z.float(), "QuACK's product with a residual")
-    for outputs in (width, LONG):  # a short sum and a long one, which have tiles of their own
-        gradient, tall = some(300, outputs), some(outputs, width)
-        check_close(input_gradient(gradient, tall), gradient.float() @ tall.float(), "QuACK's gradient of an input")
-    expected = torch.ops.aten.gelu_backward(x.float() @ back.float(), z.float(), approximate="tanh")
-    derivative, sums = gelu_gradient(x, back, z)
-    check_close(derivative, expected, "QuACK's derivative of GELU")
-    check_close(sums, expected.sum(0), "QuACK's column sums")
+    product = x.float() @ weight.float().T
+    exact = product + bias.float()
+    z = exact.bfloat16()
+    back, tall = some(width, 4 * width), some(LONG, width)
+
+    def try_linear_gelu() -> None:
+        activated, found = linear_gelu(x, weight, bias)
+        check_close(found, exact, "QuACK's product with GELU")
+        check_close(activated, F.gelu(exact, approximate="tanh"), "QuACK's GELU")
+
+    def try_gelu_gradient() -> None:
+        expected = torch.ops.aten.gelu_backward(x.float() @ back.float(), z.float(), approximate="tanh")
+        found, sums = gelu_gradient(x, back, z)
+        check_close(found, expected, "QuACK's derivative of GELU")
+        check_close(sums, expected.sum(0), "QuACK's column sums")
+
+    def try_multiply(a: Tensor, b: Tensor, what: str) -> None:
+        check_close(multiply(a, b), a.float() @ b.float(), what)
+
+    return {
+        "gelu_gradient": try_gelu_gradient,
+        "linear_gelu": try_linear_gelu,
+        "linear": lambda: check_close(linear(x, weight, bias, None), exact, "QuACK's product"),
+        "residual": lambda: check_close(
+            linear(x, weight, bias, residual), exact + residual.float(), "QuACK's product with a residual"
+        ),
+        "input_gradient": lambda: try_multiply(x, back, "QuACK's gradient of an input"),
+        "long_sum": lambda: try_multiply(some(300, LONG), tall, "QuACK's gradient of an input of many outputs"),
+        "logits": lambda: check_close(multiply(x, weight.T), product, "QuACK's logits"),
+    }

@@ -9,7 +9,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -23,6 +22,7 @@ from gpt2core.config import RunConfig
 from gpt2core.distributed import Ranks, StopRequest, make_deterministic
 from gpt2core.flags import Parser, main_guard, run_config
 from gpt2core.fp8 import refuse_fp8
+from gpt2core.kernel_cache import keep_compiled_kernels
 from gpt2core.launch import GRACE_S, die_with_parent, tell
 from gpt2core.log_line import ENDED_BY
 from gpt2core.metrics import MetricsLog
@@ -201,19 +201,6 @@ def _fit(trainer: Trainer, stop_step: int, stop: StopRequest, log: MetricsLog | 
     finally:
         if saver:
             saver.finish()
-
-
-def keep_compiled_kernels() -> None:
-    """Where compilers keep their work for the next start: by default it lies in /tmp and is gone after a reboot."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-pipeline"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "torchinductor"))
-    os.environ.setdefault("QUACK_CACHE_DIR", str(cache / "quack"))
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache / "flash_attention"))
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    import torch._functorch.config as functorch
-
-    if hasattr(functorch, "autograd_cache_allow_custom_autograd_functions"):  # since torch 2.9; ours are pure
-        functorch.autograd_cache_allow_custom_autograd_functions = True
 
 
 def restore(

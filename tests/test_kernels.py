@@ -6,18 +6,21 @@ kernels themselves need a GPU.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2core import fused_loss, hopper, kernels
+from gpt2core import fused_loss, hopper, kernel_cache, kernels
 from gpt2core.config import ModelConfig
 from gpt2core.model import GPT
+from gpt2core.processes import descendants
 
 HOPPER = torch.device("cuda", 0)
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the kernels are CUDA's and Triton's")
@@ -154,6 +157,22 @@ def test_hopper_gets_its_own_kernels_where_they_are_installed() -> None:
     assert fused == pytest.approx(plain, abs=0.02)
 
 
+@pytest.mark.skipif(not hopper.is_hopper(HOPPER), reason="needs a Hopper GPU, whose kernels these are")
+def test_an_empty_cache_is_filled_before_the_kernels_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quack = pytest.importorskip("gpt2core.quack_products")
+    pytest.importorskip("flash_attn.cute")
+    assert set(quack.trials(HOPPER, 128)) == set(kernel_cache.TRIALS["quack"])
+    monkeypatch.setenv("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    model = ModelConfig(embd_size=128, num_heads=2)
+    for package, variable in kernel_cache.FOLDERS.items():
+        monkeypatch.setenv(variable, str(tmp_path / package))
+        with kernel_cache.filling(HOPPER, model, [package]):
+            pass
+        compiled = list((tmp_path / package).rglob("*.o"))
+        assert len(compiled) >= len(kernel_cache.TRIALS[package])
+        assert not kernel_cache._missing(package, HOPPER), "what is there is left to the packages themselves"
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 1)])
 def test_kernels_for_hopper_are_tried_on_hopper_alone(
     capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
@@ -165,6 +184,22 @@ def test_kernels_for_hopper_are_tried_on_hopper_alone(
     missing = "its name is not installed (the extra hopper)"
     assert why_not == (missing if capability[0] == 9 else "it is for Hopper GPUs")
     assert hopper.why_not(torch.device("cpu"), "quack") == "it is for Hopper GPUs"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what cannot be loaded is shown where there is no GPU for it")
+def test_what_cannot_be_compiled_ahead_is_left_to_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelConfig(embd_size=64, num_heads=2)
+    monkeypatch.setenv(kernel_cache.FOLDERS["flash_attn"], str(tmp_path / "not there yet"))
+    assert not kernel_cache._missing("flash_attn", HOPPER), "for this is no Hopper GPU"
+    monkeypatch.setattr(hopper, "why_not", lambda device, package: None)
+    with kernel_cache.filling(HOPPER, model, ["flash_attn"]):
+        (process,) = descendants(os.getpid())
+        command = Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")
+        assert command[1:-1] == ["-m", "gpt2core.kernel_cache", "flash_attention", "64", "2"]
+    assert not process.is_alive() and not list(tmp_path.iterdir())
+    assert not kernel_cache._missing("quack", HOPPER), "without a folder it would be in vain"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not kernel_cache._missing("flash_attn", HOPPER), "rank 0 of the machine does it"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what cannot be loaded is shown where there is no GPU for it")
@@ -181,6 +216,7 @@ def test_attention_stays_cudnns_where_flash_attention_does_not_load(monkeypatch:
 def test_kernels_for_hopper_that_do_not_load_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "why_not", lambda device, package: None)
     monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
+    monkeypatch.setattr(kernels, "_try_weight_gradients", lambda device: None)
     monkeypatch.setattr(fused_loss, "why_not", lambda device: None)
     monkeypatch.setattr(kernels.cublaslt, "why_not", lambda device, width: None)
     model = ModelConfig(embd_size=64, num_heads=2)
@@ -257,8 +293,15 @@ def test_what_cannot_work_is_refused_when_forced() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a GPU lacks is shown where there is none")
-def test_a_gpu_without_them_gets_what_there_is_and_is_refused_when_they_are_forced() -> None:
+def test_a_gpu_without_them_gets_what_there_is_and_is_refused_when_they_are_forced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, gpu = ModelConfig(embd_size=64, num_heads=2), torch.device("cuda", 0)
+    with pytest.raises(ValueError, match=r"^kernels fused: weight gradients in fp32: (?!.*GELU).*use --kernels auto"):
+        kernels.pick_kernels("fused", gpu, torch.bfloat16, model)
+    chosen = kernels.pick_kernels("auto", gpu, torch.bfloat16, model)
+    assert (chosen.linear, chosen.mean_loss, chosen.mlp) == (kernels.linear, kernels.mean_loss, kernels.mlp)
+    monkeypatch.setattr(kernels, "_try_weight_gradients", lambda device: None)
     chosen = kernels.pick_kernels("auto", gpu, torch.bfloat16, model)
     assert chosen.linear is kernels.fused_linear, "which is PyTorch's own arithmetic"
     assert (chosen.mean_loss, chosen.mlp, chosen.attention) == (kernels.mean_loss, kernels.mlp, kernels.attention)

@@ -99,4 +99,4 @@ def test_one_rank_beside_two(lab: Any) -> None:
     done = run(lab, torchrun, "tests/benchmarks/scaling.py --tiny --device cpu --rounds 1 --steps 1")
     assert done.returncode == 0, done.stderr
     one, two = (line.split() for line in done.stdout.splitlines()[-2:])
-    assert (one[0], one[-1], two[0]) == ("1", "1.000", "2") and float(two[-1]) > 0
+    assert (one[0], one[3], two[0]) == ("1", "1.000", "2") and float(two[3]) > 0

@@ -1,11 +1,12 @@
-"""What it costs to watch a run: the same training step with logs, TensorBoard, samples and histograms, and without.
+"""What a run costs around its steps: the wait for data, logs, TensorBoard, samples, histograms, the copy for a checkpoint.
 
     python tests/benchmarks/monitoring.py [--mini_batch_size 64]            GPT-2 124M at the default frequencies
     python tests/benchmarks/monitoring.py --tiny --device cpu               seconds, to see that it runs
 
 One trainer makes both kinds of steps, some of each in turn, so that heat and neighbours meet both. `without` logs nothing,
 and reads nothing off the device until all are done. What is due every so many steps (a sample, the histograms) is timed apart, and counts with its
-share of a step. Validation, HellaSwag and checkpoints are no watching: they are not measured here.
+share of a step; of a checkpoint, the time that training waits for it, at the default frequency. Validation and HellaSwag are
+not measured here.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import numpy as np
 import torch
 
 from gpt2core.board import Board
+from gpt2core.checkpoint import Saver
+from gpt2core.checkpoint_folder import CheckpointFolder
 from gpt2core.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
 from gpt2core.distributed import Ranks, pick_device
 from gpt2core.generate import samples
@@ -41,6 +44,7 @@ class Watched:
         folder = RunFolder.of(config)
         self.log = MetricsLog(folder, resume_at=0, board=Board(folder.tensorboard, config, 0))
         self.log.say = lambda message: _print_to_nowhere(self.log.note(message))  # type: ignore[method-assign,assignment]
+        self.saver = Saver(CheckpointFolder(folder.checkpoints), 1, self.log.note)
 
     def without(self) -> None:
         self.trainer.train_step()
@@ -56,6 +60,14 @@ class Watched:
 
     def histograms(self) -> None:
         self.log.histograms(self.trainer.step, self.trainer.raw_model)
+
+    def save(self) -> None:
+        self.trainer.save(self.saver)
+
+    def seconds_to_save(self) -> float:
+        """Until the next step may begin, where the file before is written: this one is written behind that step."""
+        self.saver.finish()
+        return self.seconds(self.save)
 
     def seconds(self, do: Callable[[], None], times: int = 1) -> float:
         """Of one, on average, all that the device has to do for it included."""
@@ -103,6 +115,7 @@ def main() -> None:
         )
         run = Watched(config, device)
         measure(run, arguments.rounds, arguments.steps)
+        run.saver.finish()
         run.log.close()
 
 
@@ -110,18 +123,24 @@ def measure(run: Watched, rounds: int, steps: int) -> None:
     kinds = {"without": run.without, "watched": run.watched}
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     run.seconds(run.watched)  # which compiles and makes the moments
+    waited_s = run.trainer.loader.wait_s
     for turn in range(rounds):
         for name in sorted(kinds, reverse=turn % 2 == 0):
             seconds[name].append(run.seconds(kinds[name], steps))
+    data_wait = (run.trainer.loader.wait_s - waited_s) / (len(kinds) * rounds * steps)
     sample = statistics.median(run.seconds(run.sample) for _ in range(3))
     histograms = statistics.median(run.seconds(run.histograms) for _ in range(3))
+    run.save()  # which makes the buffers
+    save = statistics.median(run.seconds_to_save() for _ in range(3))
     train = run.trainer.config.train
     step = {name: statistics.median(values) for name, values in seconds.items()}
     shares = {
         f"each step: logs and scalars, median of {rounds} rounds of {steps} steps": step["watched"] - step["without"],
+        f"each step: {1000 * data_wait:.3f} ms in which the host waits for data": data_wait,
         f"{1000 * sample:.0f} ms of samples every {train.sample_freq} steps": sample / train.sample_freq,
         f"{1000 * histograms:.0f} ms of histograms every {train.histogram_freq} steps": histograms
         / train.histogram_freq,
+        f"{1000 * save:.0f} ms for a checkpoint every {train.checkpoint_freq} steps": save / train.checkpoint_freq,
     }
     device = run.trainer.ranks.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -12,12 +12,12 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from train_step import Contender, configuration, ours
+from train_step import Contender, built, configuration, ours
 
 from gpt2core.distributed import Ranks
 from gpt2core.flags import main_guard
@@ -28,16 +28,6 @@ def settle(ranks: Ranks) -> None:
     if ranks.device.type == "cuda":
         torch.cuda.synchronize(ranks.device)
     ranks.any(True)
-
-
-def timed(contender: Contender, ranks: Ranks, steps: int) -> None:
-    for step in range(2 + steps):  # two so that what was before does not count, and ours has a step under way
-        if step == 2 and ranks.device.type == "cuda":
-            torch.cuda.synchronize(ranks.device)
-        started = time.perf_counter()
-        contender.step()  # which waits for the step before
-        if step >= 2:
-            contender.seconds.append(time.perf_counter() - started)
 
 
 def main() -> None:
@@ -58,16 +48,17 @@ def main() -> None:
     alone = Ranks(0, 1, ranks.device)
     with tempfile.TemporaryDirectory() as folder:  # each rank has its own copy of the shards
         config = configuration(Path(folder), ranks.device, arguments.tiny, arguments.mini_batch_size)
-        together = ours(config, ranks, arguments.precision)
+        together = built(partial(ours, config, ranks, arguments.precision), ranks.device)
         config = config.model_copy(update={"run_name": "alone"})
-        single = ours(config, alone, arguments.precision) if ranks.is_main else None
+        single = built(partial(ours, config, alone, arguments.precision), ranks.device) if ranks.is_main else None
         for _ in range(arguments.rounds):
             settle(ranks)
             if single:
-                timed(single, alone, arguments.steps)
+                single.measure(ranks.device, arguments.steps)
             settle(ranks)
-            timed(together, ranks, arguments.steps)
+            together.measure(ranks.device, arguments.steps)
         settle(ranks)
+        together.peak_bytes = max(ranks.gather(together.peak_bytes))
     if single:
         show(single, together, ranks, config.train.total_batch_size)
     ranks.leave()
@@ -78,11 +69,12 @@ def show(single: Contender, together: Contender, ranks: Ranks, tokens: int) -> N
     print(
         f"\n{name}, torch {torch.__version__}, {dist.get_backend()}; median of {len(single.seconds)} steps of {tokens:,} tokens"
     )
-    print(f"{'ranks':>5}{'tokens/s':>12}{'ms':>9}{'times one':>11}")
+    print(f"{'ranks':>5}{'tokens/s':>12}{'ms':>9}{'times one':>11}{'peak GiB':>10}")
     one_s = statistics.median(single.seconds)
     for count, contender in ((1, single), (ranks.world_size, together)):
         seconds = statistics.median(contender.seconds)
-        print(f"{count:>5}{tokens / seconds:>12,.0f}{1000 * seconds:>9.1f}{one_s / seconds:>11.3f}")
+        peak_gib = contender.peak_bytes / 2**30  # of the GPU that takes most
+        print(f"{count:>5}{tokens / seconds:>12,.0f}{1000 * seconds:>9.1f}{one_s / seconds:>11.3f}{peak_gib:>10.2f}")
 
 
 if __name__ == "__main__":

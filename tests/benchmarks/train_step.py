@@ -51,6 +51,17 @@ class Contender:
     peak_bytes: int = 0
     loss: float = 0.0
 
+    def measure(self, device: torch.device, steps: int) -> None:
+        for _ in range(2):  # so that what the one before left does not count, and ours has a step under way
+            self.step()
+        before = reset_peak(device)
+        for _ in range(steps):
+            started = time.perf_counter()
+            self.loss = self.step()  # reading a loss waits for the device
+            self.seconds.append(time.perf_counter() - started)
+        if device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated(device) - before + self.own_bytes
+
 
 class PlainBlock(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
@@ -207,15 +218,7 @@ def measure(contenders: list[Contender], device: torch.device, rounds: int, step
     """Turn by turn, so that a device that slows down with heat does so for all."""
     for _ in range(rounds):
         for contender in contenders:
-            for _ in range(2):  # so that what the one before left does not count, and ours has a step under way
-                contender.step()
-            before = reset_peak(device)
-            for _ in range(steps):
-                started = time.perf_counter()
-                contender.loss = contender.step()  # reading a loss waits for the device
-                contender.seconds.append(time.perf_counter() - started)
-            if device.type == "cuda":
-                contender.peak_bytes = torch.cuda.max_memory_allocated(device) - before + contender.own_bytes
+            contender.measure(device, steps)
 
 
 # What a kernel's name begins with or holds, and what it is counted as; the first that fits.
