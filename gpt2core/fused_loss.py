@@ -2,7 +2,8 @@
 
 Cross-entropy of logits z with target t is logsumexp(z) - z_t, and its gradient softmax(z) - onehot(t). On a GPU one Triton
 program takes one row: a pass over it for maximum and sum (online softmax, Milakov & Gimelshein 2018), and one that writes
-the gradient over the logits, which it finds in the L2 cache. The gradients of input and weight follow at once, so that the
+the gradient over the logits, of which it finds some in the L2 cache. On Hopper QuACK's kernel reads them only once: a cluster of
+multiprocessors keeps a row in their shared memories. The gradients of input and weight follow at once, so that the
 logits, the largest tensor of the model by far, never exist as a whole and are gone before the backward pass begins.
 """
 
@@ -23,17 +24,16 @@ ROWS = 32_768  # of logits at a time: 3.3 GB in bf16; more are no faster
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def _losses_in_place(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
-    """Losses (N,) fp32 of logits (N, V), which become scale * their gradient."""
+def _losses_in_place(logits: Tensor, targets: Tensor) -> Tensor:
+    """Losses (N,) fp32 of logits (N, V), which become their gradient."""
     if logits.is_cuda:
         from gpt2core import triton_kernels
 
-        return triton_kernels.loss_rows(logits, targets, scale)[0]
+        return triton_kernels.loss_rows(logits, targets, with_gradient=True)[0]
     log_probabilities = logits.float().log_softmax(1)
     losses = -log_probabilities.gather(1, targets[:, None])[:, 0]
     gradient = log_probabilities.exp_()
-    gradient.scatter_add_(1, targets[:, None], -torch.ones_like(losses)[:, None])
-    logits.copy_(gradient * scale)
+    logits.copy_(gradient.scatter_add_(1, targets[:, None], -torch.ones_like(losses)[:, None]))
     return losses
 
 
@@ -42,29 +42,30 @@ def loss_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if logits.is_cuda and HAS_TRITON:
         from gpt2core import triton_kernels
 
-        return triton_kernels.loss_rows(logits, targets, None)
+        return triton_kernels.loss_rows(logits, targets, with_gradient=False)
     log_sums = logits.float().logsumexp(1)
     return log_sums - logits.gather(1, targets[:, None])[:, 0].float(), log_sums
 
 
-def _multiplication(quack: bool) -> Callable[..., Tensor]:
+def _operations(quack: bool) -> tuple[Callable[..., Tensor], Callable[[Tensor, Tensor], Tensor]]:
+    """What multiplies, and what makes logits their gradient."""
     if not quack:
-        return torch.mm
-    from gpt2core import quack_products
+        return torch.mm, _losses_in_place
+    from gpt2core import quack_kernels
 
-    return quack_products.multiply
+    return quack_kernels.multiply, quack_kernels.losses_in_place
 
 
 @torch.library.custom_op("gpt2core::head_loss", mutates_args=())
 def _head_loss(x: Tensor, weight: Tensor, targets: Tensor, rows: int, quack: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean loss, and its gradients for x (N, C) and the fp32 weight (V, C)."""
-    multiply, cast = _multiplication(quack), weight.to(x.dtype)
+    """Mean loss, and the gradients of the sum for x (N, C) and the fp32 weight (V, C)."""
+    (multiply, losses_in_place), cast = _operations(quack), weight.to(x.dtype)
     losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
     x_gradient, weight_gradient = torch.empty_like(x), torch.zeros_like(weight)
     for start in range(0, len(x), rows):
         some = slice(start, start + rows)
         logits = multiply(x[some], cast.T)  # (rows, V)
-        losses[some] = _losses_in_place(logits, targets[some], 1.0 / len(x))
+        losses[some] = losses_in_place(logits, targets[some])
         multiply(logits, cast, out=x_gradient[some])
         add_product(weight_gradient, logits.T, x[some])
         del logits  # the next ones take its place in memory
@@ -84,7 +85,8 @@ def save_gradients(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _scale_gradients(ctx: Any, loss_gradient: Tensor, *_: None) -> tuple[Tensor, Tensor, None, None, None]:
     x_gradient, weight_gradient = ctx.saved_tensors
-    return x_gradient * loss_gradient, weight_gradient * loss_gradient, None, None, None
+    share = loss_gradient / len(x_gradient)
+    return x_gradient * share, weight_gradient * share, None, None, None
 
 
 _head_loss.register_autograd(_scale_gradients, setup_context=save_gradients)
@@ -129,8 +131,8 @@ def check_kernel(device: torch.device) -> None:
     exact = logits.float().requires_grad_()
     exact_losses = F.cross_entropy(exact, targets, reduction="none")
     (exact_gradient,) = torch.autograd.grad(exact_losses.sum(), exact)
-    losses, _ = triton_kernels.loss_rows(logits, targets, None)
-    again, _ = triton_kernels.loss_rows(logits, targets, 1.0)  # over the logits
+    losses, _ = triton_kernels.loss_rows(logits, targets, with_gradient=False)
+    again, _ = triton_kernels.loss_rows(logits, targets, with_gradient=True)  # over the logits
     if not (
         torch.equal(losses, again)
         and torch.allclose(losses, exact_losses, rtol=1e-4, atol=1e-4)

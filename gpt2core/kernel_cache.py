@@ -1,7 +1,7 @@
 """Where compilers keep their work for the next start, and how the first start fills it by several processes at once.
 
 A kernel of the extra `hopper` takes seconds to compile, on one core; a run wants some ten. `python -m gpt2core.kernel_cache
-NAME WIDTH HEADS` compiles one of them, by trying it.
+NAME WIDTH HEADS VOCABULARY` compiles one of them, by trying it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from gpt2core.launch import STARTED_BY, die_with_parent
 FOLDERS = {"quack": "QUACK_CACHE_DIR", "flash_attn": "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"}  # by package
 TRIALS = {
     "flash_attn": ("flash_attention",),
-    # as in quack_products.trials, which cannot be imported without QuACK
-    "quack": ("gelu_gradient", "linear_gelu", "linear", "residual", "input_gradient", "long_sum", "logits"),
+    # as in quack_kernels.trials, which cannot be imported without QuACK
+    "quack": ("gelu_gradient", "linear_gelu", "linear", "residual", "input_gradient", "long_sum", "logits", "loss"),
 }
 
 
@@ -64,24 +64,25 @@ def _missing(package: str, device: torch.device) -> tuple[str, ...]:
 
 
 def _start(name: str, model: ModelConfig) -> subprocess.Popen[bytes]:
+    sizes = model.embd_size, model.num_heads, model.vocab_size
     return subprocess.Popen(
-        [sys.executable, "-m", "gpt2core.kernel_cache", name, str(model.embd_size), str(model.num_heads)],
+        [sys.executable, "-m", "gpt2core.kernel_cache", name, *map(str, sizes)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=os.environ | {STARTED_BY: str(os.getpid())},
     )
 
 
-def _compile(name: str, width: int, heads: int) -> None:
+def _compile(name: str, width: int, heads: int, vocab_size: int) -> None:
     device = torch.device("cuda", 0)
     if name == "flash_attention":
         from gpt2core import cudnn_attention
 
         cudnn_attention.try_flash(device, heads, width // heads)
     else:
-        from gpt2core import quack_products
+        from gpt2core import quack_kernels
 
-        quack_products.trials(device, width)[name]()
+        quack_kernels.trials(device, width, vocab_size)[name]()
 
 
 if __name__ == "__main__":

@@ -209,10 +209,11 @@ def _pick_products(device: torch.device, model: ModelConfig, fp8: bool) -> dict[
     why_not_loss = fused_loss.why_not(device)
     quack, why_not_quack = (None, "") if fp8 else _quack_products(device, model)
     if quack:
-        logits_are_aligned = model.vocab_size % cublaslt.ALIGNMENT == 0  # OpenAI's 50,257 are not
-        loss = partial(fused_loss.mean_loss, quack=logits_are_aligned)
+        loss = ("loss (Triton)", fused_loss.mean_loss, why_not_loss)
+        if model.vocab_size % cublaslt.ALIGNMENT == 0:  # OpenAI's 50,257 are not
+            loss = ("loss (QuACK)", partial(fused_loss.mean_loss, quack=True), None)
         return {
-            "mean_loss": ("loss (Triton)", loss, why_not_loss),
+            "mean_loss": loss,
             "linear": ("weight gradients in fp32", partial(fused_linear, products=quack), None),
             "mlp": ("products with bias, residual and GELU (QuACK)", partial(fused_mlp, products=quack), None),
         }
@@ -236,12 +237,12 @@ def _try_weight_gradients(device: torch.device) -> None:
 
 def _quack_products(device: torch.device, model: ModelConfig) -> tuple[Products | None, str]:
     """QuACK's products; without them, why they cannot be had."""
-    why_not = hopper.why_not(device, "quack") or failure_of(partial(import_module, "gpt2core.quack_products"))
+    why_not = hopper.why_not(device, "quack") or failure_of(partial(import_module, "gpt2core.quack_kernels"))
     if why_not:
         return None, why_not
-    from gpt2core import quack_products as quack
+    from gpt2core import quack_kernels as quack
 
-    if why_not := quack.why_not(device, model.embd_size):
+    if why_not := quack.why_not(device, model):
         return None, why_not
     return Products(quack.linear, quack.input_gradient, quack.linear_gelu, quack.gelu_gradient), ""
 

@@ -36,10 +36,8 @@ _PACK_E4M3, _PACK_E5M2 = (
 
 
 @triton.jit
-def _loss_kernel(
-    logits, targets, losses, log_sums, num_columns, scale, with_gradient: tl.constexpr, block: tl.constexpr
-):
-    """Loss and logsumexp of row `program_id` and, `with_gradient`, scale * (softmax - onehot) over its logits."""
+def _loss_kernel(logits, targets, losses, log_sums, num_columns, with_gradient: tl.constexpr, block: tl.constexpr):
+    """Loss and logsumexp of row `program_id` and, `with_gradient`, softmax - onehot over its logits."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * num_columns
     columns = tl.arange(0, block)
@@ -66,14 +64,14 @@ def _loss_kernel(
             z = tl.load(logits + places, mask=is_there, other=float("-inf"), eviction_policy="evict_first").to(
                 tl.float32
             )
-            gradient = tl.exp(z - log_sum) * scale - tl.where(places == target, scale, 0.0)
+            gradient = tl.exp(z - log_sum) - tl.where(places == target, 1.0, 0.0)
             tl.store(
                 logits + places, gradient.to(logits.dtype.element_ty), mask=is_there, eviction_policy="evict_first"
             )
 
 
-def loss_rows(logits: Tensor, targets: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    """Losses and logsumexps, (N,) fp32, of logits (N, V), which become scale * their gradient unless it is None."""
+def loss_rows(logits: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Losses and logsumexps, (N,) fp32, of logits (N, V), which become their gradient, `with_gradient`."""
     losses, log_sums = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
     _loss_kernel[(len(logits),)](
         logits,
@@ -81,8 +79,7 @@ def loss_rows(logits: Tensor, targets: Tensor, scale: float | None) -> tuple[Ten
         losses,
         log_sums,
         logits.shape[1],
-        scale or 0.0,
-        with_gradient=scale is not None,
+        with_gradient=with_gradient,
         block=LOSS_BLOCK,
         num_warps=LOSS_WARPS,
     )

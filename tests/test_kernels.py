@@ -109,7 +109,7 @@ def test_the_mlp(device: str, rows: int, width: int) -> None:
 @on_gpu
 @pytest.mark.parametrize(("rows", "width", "vocab"), [(64, 64, 50304), (33, 768, 50304), (5, 32, 8192)])
 @pytest.mark.parametrize("rows_at_once", [16, 1000])
-def test_the_loss_with_quacks_products(rows: int, width: int, vocab: int, rows_at_once: int) -> None:
+def test_the_loss_with_quacks_kernels(rows: int, width: int, vocab: int, rows_at_once: int) -> None:
     if len(all_products("cuda")) == 1:
         pytest.skip(hopper.why_not(HOPPER, "quack"))
     x, weight = random(rows, width, device="cuda", dtype=torch.bfloat16), random(vocab, width, device="cuda")
@@ -126,7 +126,7 @@ def all_products(device: str) -> list[kernels.Products]:
     """Those of any GPU, and Hopper's own."""
     if device == "cpu" or hopper.why_not(HOPPER, "quack"):
         return [kernels.CUBLASLT]
-    from gpt2core import quack_products as quack
+    from gpt2core import quack_kernels as quack
 
     return [
         kernels.CUBLASLT,
@@ -159,9 +159,9 @@ def test_hopper_gets_its_own_kernels_where_they_are_installed() -> None:
 
 @pytest.mark.skipif(not hopper.is_hopper(HOPPER), reason="needs a Hopper GPU, whose kernels these are")
 def test_an_empty_cache_is_filled_before_the_kernels_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quack = pytest.importorskip("gpt2core.quack_products")
+    quack = pytest.importorskip("gpt2core.quack_kernels")
     pytest.importorskip("flash_attn.cute")
-    assert set(quack.trials(HOPPER, 128)) == set(kernel_cache.TRIALS["quack"])
+    assert set(quack.trials(HOPPER, 128, 50304)) == set(kernel_cache.TRIALS["quack"])
     monkeypatch.setenv("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     model = ModelConfig(embd_size=128, num_heads=2)
     for package, variable in kernel_cache.FOLDERS.items():
@@ -195,7 +195,7 @@ def test_what_cannot_be_compiled_ahead_is_left_to_the_trial(tmp_path: Path, monk
     with kernel_cache.filling(HOPPER, model, ["flash_attn"]):
         (process,) = descendants(os.getpid())
         command = Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")
-        assert command[1:-1] == ["-m", "gpt2core.kernel_cache", "flash_attention", "64", "2"]
+        assert command[1:-1] == ["-m", "gpt2core.kernel_cache", "flash_attention", "64", "2", "50304"]
     assert not process.is_alive() and not list(tmp_path.iterdir())
     assert not kernel_cache._missing("quack", HOPPER), "without a folder it would be in vain"
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -44,15 +44,15 @@ def test_losses_logsumexps_and_gradients(rows: int, vocab: int, dtype: torch.dty
     expected = F.cross_entropy(exact, targets, reduction="none")
     expected.sum().backward()
     before = logits.clone()
-    losses, log_sums = kernels.loss_rows(logits, targets, None)
+    losses, log_sums = kernels.loss_rows(logits, targets, with_gradient=False)
     assert torch.equal(logits, before)
     torch.testing.assert_close(log_sums.double(), exact.logsumexp(1).detach(), rtol=1e-6, atol=1e-5)
-    for found in (losses, kernels.loss_rows(logits, targets, 0.25)[0]):
+    for found in (losses, kernels.loss_rows(logits, targets, with_gradient=True)[0]):
         torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-6, atol=1e-5)
     assert exact.grad is not None
     bf16 = 2**-8 if DEVICE == "cuda" else 2**-7  # it keeps 8 bits, and the interpreter cuts the others off
     tolerance = 1e-5 if dtype == torch.float32 else bf16
-    torch.testing.assert_close(logits.double(), 0.25 * exact.grad, rtol=tolerance, atol=1e-7)
+    torch.testing.assert_close(logits.double(), exact.grad, rtol=tolerance, atol=1e-7)
 
 
 def cast_by_kernel(
@@ -218,11 +218,11 @@ def test_a_loss_that_a_compiler_spoilt_is_found_at_the_start(monkeypatch: pytest
     fused_loss.check_kernel(here)
     right = kernels.loss_rows
 
-    def wrong(logits: Tensor, targets: Tensor, scale: float | None, spoilt: str) -> tuple[Tensor, Tensor]:
-        losses, log_sums = right(logits, targets, scale)
+    def wrong(logits: Tensor, targets: Tensor, with_gradient: bool, spoilt: str) -> tuple[Tensor, Tensor]:
+        losses, log_sums = right(logits, targets, with_gradient)
         if spoilt == "losses":
             losses *= 1.001
-        if spoilt == "gradient" and scale is not None:
+        if spoilt == "gradient" and with_gradient:
             logits[3, 5] *= 1.05
         return losses, log_sums
 

@@ -1,5 +1,5 @@
-"""The model's products by QuACK's kernels for Hopper (Dao et al., the package quack-kernels), with what follows them in their
-epilogue: bias, residual, GELU, its derivative.
+"""The model's products and its loss by QuACK's kernels for Hopper (Dao et al., the package quack-kernels); the products with what
+follows them in their epilogue: bias, residual, GELU, its derivative.
 
 Import it only where that is installed. While one of two groups of warps is at the epilogue of its tile, the other multiplies
 ("ping-pong"), so that a product takes little longer for it; those without any are a few percent faster than cuBLAS's, too.
@@ -12,11 +12,13 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from quack.cross_entropy import cross_entropy_fwd
 from quack.epilogue.library import dgelu_dbias_epi
 from quack.gemm_config import GemmConfig
 from quack.gemm_interface import gemm_act
 from torch import Tensor
 
+from gpt2core.config import ModelConfig
 from gpt2core.device_trial import check_close, failure_of
 
 ALIGNMENT = 8  # elements of bf16 in the 16 bytes to which rows are aligned for the tensor memory accelerator
@@ -102,16 +104,22 @@ def _(gradient: Tensor, weight: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(z), z.new_empty(z.shape[1], dtype=torch.float32)
 
 
-def why_not(device: torch.device, width: int) -> str | None:
-    """Why these products cannot be had for a model of such a width; None when they can: small ones are compared with
+def losses_in_place(logits: Tensor, targets: Tensor) -> Tensor:
+    """Losses (N,) fp32 of logits (N, V), which become their gradient."""
+    losses, _ = cross_entropy_fwd(logits, targets, return_dx=True, inplace_backward=True)
+    return losses
+
+
+def why_not(device: torch.device, model: ModelConfig) -> str | None:
+    """Why these cannot be had for such a model; None when they can: small ones are compared with PyTorch's."""
+    if model.embd_size % ALIGNMENT:
+        return f"width {model.embd_size} is not a multiple of {ALIGNMENT}"
+    return failure_of(lambda: [trial() for trial in trials(device, model.embd_size, model.vocab_size).values()])
+
+
+def trials(device: torch.device, width: int, vocab_size: int) -> dict[str, Callable[[], None]]:
+    """Each kernel in small, by what it is for. A trial raises what the compiler raises, or RuntimeError where the result is not
     PyTorch's."""
-    if width % ALIGNMENT:
-        return f"width {width} is not a multiple of {ALIGNMENT}"
-    return failure_of(lambda: [trial() for trial in trials(device, width).values()])
-
-
-def trials(device: torch.device, width: int) -> dict[str, Callable[[], None]]:
-    """By what it multiplies for, each product in small. One raises what the compiler raises, or RuntimeError where the result is not PyTorch's."""
     random = torch.Generator(device).manual_seed(0)
 
     def some(*shape: int) -> Tensor:
@@ -138,6 +146,16 @@ def trials(device: torch.device, width: int) -> dict[str, Callable[[], None]]:
     def try_multiply(a: Tensor, b: Tensor, what: str) -> None:
         check_close(multiply(a, b), a.float() @ b.float(), what)
 
+    def try_loss() -> None:
+        if vocab_size % ALIGNMENT:
+            return  # others are taken then
+        logits, targets = some(16, vocab_size), torch.arange(16, device=device) * (vocab_size // 16)
+        exact_logits = logits.float().requires_grad_()
+        expected = F.cross_entropy(exact_logits, targets, reduction="none")
+        (gradient,) = torch.autograd.grad(expected.sum(), exact_logits)
+        check_close(losses_in_place(logits, targets), expected, "QuACK's loss")
+        check_close(logits, gradient, "QuACK's gradient of the loss")
+
     return {
         "gelu_gradient": try_gelu_gradient,
         "linear_gelu": try_linear_gelu,
@@ -148,4 +166,5 @@ def trials(device: torch.device, width: int) -> dict[str, Callable[[], None]]:
         "input_gradient": lambda: try_multiply(x, back, "QuACK's gradient of an input"),
         "long_sum": lambda: try_multiply(some(300, LONG), tall, "QuACK's gradient of an input of many outputs"),
         "logits": lambda: check_close(multiply(x, weight.T), product, "QuACK's logits"),
+        "loss": try_loss,
     }
