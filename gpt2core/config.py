@@ -146,6 +146,7 @@ class TrainConfig(Settings):
     free_to_change = frozenset(
         {
             "mini_batch_size",
+            "bucket_cap_mb",
             "eval_freq",
             "hellaswag_freq",
             "sample_freq",
@@ -168,6 +169,11 @@ class TrainConfig(Settings):
     mini_batch_size: Positive | Literal["auto"] = Field(
         32,
         description="Sequences a rank takes through the model at once; auto takes the largest power of two that fits.",
+    )
+    bucket_cap_mb: Positive = Field(
+        25,
+        description="MiB of gradients that ranks exchange at once, while the others are still being computed; as many as the "
+        "model has exchanges all of them at the end.",
     )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="AdamW for all weights, or Muon for the matrices inside the blocks and AdamW for the rest."

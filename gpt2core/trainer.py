@@ -68,7 +68,9 @@ class Trainer:
         if ranks.world_size > 1:
             on = [ranks.device] if ranks.device.type == "cuda" else None
             in_buckets = _compiled(self.raw_model, train, ranks, IN_BUCKETS)
-            self.together = DistributedDataParallel(in_buckets, device_ids=on, gradient_as_bucket_view=True)
+            self.together = DistributedDataParallel(
+                in_buckets, device_ids=on, gradient_as_bucket_view=True, bucket_cap_mb=train.bucket_cap_mb
+            )
         self.mini_batch_size = fitting_mini_batch_size(self.alone, self.together, config, ranks)
         self.accum_steps = config.grad_accum_steps(ranks.world_size, self.mini_batch_size)
         self.loader = Loader(

@@ -55,6 +55,8 @@ assert not exchanged
 trainer.raw_model.zero_grad()
 rehearsed = counters["stats"]["unique_graphs"]
 trainer.train_step()
+exchanged.clear()  # in its first step DDP learns the order of the gradients, and has one bucket
+trainer.train_step()
 if ranks.is_main:
     print(trainer.accum_steps, "micro-steps", len(exchanged), "buckets", len(set(exchanged)), "of them different")
     print(rehearsed, "graphs before the step", counters["stats"]["unique_graphs"], "after it", *pieces, "pieces")
@@ -78,6 +80,13 @@ def test_ranks_exchange_gradients_once_a_step(lab: Any, tmp_path: Path, mini_bat
     micro_steps, buckets, different, *_ = counts(lab, tmp_path, mini_batch_size=mini_batch_size)
     assert micro_steps == 4 // mini_batch_size
     assert buckets == different > 0
+
+
+@pytest.mark.parametrize("bucket_cap_mb", [1, 1000])
+def test_gradients_are_exchanged_in_buckets_of_the_wanted_size(lab: Any, tmp_path: Path, bucket_cap_mb: int) -> None:
+    _, buckets, different, *_ = counts(lab, tmp_path, embd_size=128, bucket_cap_mb=bucket_cap_mb)
+    assert buckets == different
+    assert buckets == 1 if bucket_cap_mb == 1000 else buckets > 1
 
 
 @pytest.mark.slow
