@@ -224,7 +224,7 @@ def measure(contenders: list[Contender], device: torch.device, rounds: int, step
 # What a kernel's name begins with or holds, and what it is counted as; the first that fits.
 GROUPS = {
     "fp8_cast": ("_cast_kernel",),
-    "loss": ("_loss_kernel",),
+    "loss": ("_loss_kernel", "cross_entropy"),
     "attention": ("cudnn", "flash", "fmha", "sdpa"),
     "matrix products": ("nvjet", "gemm", "cutlass", "cublas", "splitK"),
     "LayerNorm and what is fused with it": ("triton_per", "triton_red"),
