@@ -25,6 +25,7 @@ TRIALS = {
     # as in quack_kernels.trials, which cannot be imported without QuACK
     "quack": ("gelu_gradient", "linear_gelu", "linear", "residual", "input_gradient", "long_sum", "logits", "loss"),
 }
+PATIENCE_S = 120.0  # with a kernel, which takes 2 to 5 s on a core of its own; then it is left to whoever uses it
 
 
 def keep_compiled_kernels() -> None:
@@ -47,11 +48,13 @@ def filling(device: torch.device, model: ModelConfig, packages: Collection[str])
     running = [_start(name, model) for package in packages for name in _missing(package, device)]
     try:
         yield
-        for process in running:
-            process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            for process in running:
+                process.wait(PATIENCE_S)
     finally:
         for process in running:
             process.kill()
+            process.wait()
 
 
 def _missing(package: str, device: torch.device) -> tuple[str, ...]:

@@ -206,12 +206,13 @@ def pick_kernels(
 def _pick_products(device: torch.device, model: ModelConfig, fp8: bool) -> dict[str, Part]:
     if why_not_sums := failure_of(partial(_try_weight_gradients, device)):
         return {"linear": ("weight gradients in fp32", linear, why_not_sums)}  # the others need them, too
-    why_not_loss = fused_loss.why_not(device)
     quack, why_not_quack = (None, "") if fp8 else _quack_products(device, model)
+    loss: Part
+    if quack and model.vocab_size % cublaslt.ALIGNMENT == 0:  # OpenAI's 50,257 are not
+        loss = ("loss (QuACK)", partial(fused_loss.mean_loss, quack=True), None)
+    else:
+        loss = ("loss (Triton)", fused_loss.mean_loss, fused_loss.why_not(device))
     if quack:
-        loss = ("loss (Triton)", fused_loss.mean_loss, why_not_loss)
-        if model.vocab_size % cublaslt.ALIGNMENT == 0:  # OpenAI's 50,257 are not
-            loss = ("loss (QuACK)", partial(fused_loss.mean_loss, quack=True), None)
         return {
             "mean_loss": loss,
             "linear": ("weight gradients in fp32", partial(fused_linear, products=quack), None),
@@ -219,7 +220,7 @@ def _pick_products(device: torch.device, model: ModelConfig, fp8: bool) -> dict[
         }
     gelu = f"GELU (cuBLASLt{_faster(device, why_not_quack)})"
     return {
-        "mean_loss": ("loss (Triton)", fused_loss.mean_loss, why_not_loss),
+        "mean_loss": loss,
         "linear": ("weight gradients in fp32", fused_linear, None),
         "mlp": (gelu, fused_mlp, cublaslt.why_not(device, model.embd_size)),
     }
