@@ -170,10 +170,10 @@ class TrainConfig(Settings):
         32,
         description="Sequences a rank takes through the model at once; auto takes the largest power of two that fits.",
     )
-    bucket_cap_mb: Positive = Field(
-        25,
-        description="MiB of gradients that ranks exchange at once, while the others are still being computed; as many as the "
-        "model has exchanges all of them at the end.",
+    bucket_cap_mb: Positive | None = Field(
+        None,
+        description="MiB of gradients that ranks exchange at once, while later ones are still being computed; all at the end if "
+        "it is as large as the gradients are (475 for 124M). Without it as DDP has it, 25 and 1 for the first.",
     )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="AdamW for all weights, or Muon for the matrices inside the blocks and AdamW for the rest."

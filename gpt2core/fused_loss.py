@@ -78,6 +78,7 @@ def _(x: Tensor, weight: Tensor, targets: Tensor, rows: int, quack: bool) -> tup
 
 
 def save_gradients(ctx: Any, inputs: Any, output: Any) -> None:
+    """Of a head's loss, for its backward pass: here those of the losses' sum, in fp8_linear.py of their mean."""
     _, x_gradient, weight_gradient = output
     ctx.save_for_backward(x_gradient, weight_gradient)
     ctx.set_materialize_grads(False)
@@ -101,8 +102,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def mean_loss(x: Tensor, weight: Tensor, targets: Tensor, rows: int = ROWS, quack: bool = False) -> Tensor:
-    """Mean cross-entropy, fp32, of the logits x @ weight.T: x (N, C), fp32 weight (V, C), targets (N,); its products
-    by QuACK's kernels if that is asked for, C and V in eights."""
+    """Mean cross-entropy, fp32, of the logits x @ weight.T: x (N, C), fp32 weight (V, C), targets (N,); by
+    QuACK's kernels if that is asked for, C and V in eights."""
     loss, _, _ = _head_loss(x, weight, targets, rows, quack)
     return loss
 

@@ -191,7 +191,9 @@ def pick_kernels(
                 f"kernels fused: they are for bf16 on an NVIDIA GPU, and this is {dtype} on {device.type}; use --kernels auto"
             )
         return PLAIN
-    with kernel_cache.filling(device, model, ["flash_attn"] if fp8 else ["flash_attn", "quack"]):
+    wants_quack = not fp8 and model.embd_size % cublaslt.ALIGNMENT == 0
+    wants_flash = not torch.are_deterministic_algorithms_enabled()
+    with kernel_cache.filling(device, model, ["flash_attn"] * wants_flash + ["quack"] * wants_quack):
         parts = _pick_products(device, model, fp8)
     parts["attention"] = _pick_attention(device, model)
     missing = "; ".join(f"{name}: {why_not}" for name, _, why_not in parts.values() if why_not)
@@ -207,11 +209,7 @@ def _pick_products(device: torch.device, model: ModelConfig, fp8: bool) -> dict[
     if why_not_sums := failure_of(partial(_try_weight_gradients, device)):
         return {"linear": ("weight gradients in fp32", linear, why_not_sums)}  # the others need them, too
     quack, why_not_quack = (None, "") if fp8 else _quack_products(device, model)
-    loss: Part
-    if quack and model.vocab_size % cublaslt.ALIGNMENT == 0:  # OpenAI's 50,257 are not
-        loss = ("loss (QuACK)", partial(fused_loss.mean_loss, quack=True), None)
-    else:
-        loss = ("loss (Triton)", fused_loss.mean_loss, fused_loss.why_not(device))
+    loss = _pick_loss(device, model, quack is not None)
     if quack:
         return {
             "mean_loss": loss,
@@ -224,6 +222,17 @@ def _pick_products(device: torch.device, model: ModelConfig, fp8: bool) -> dict[
         "linear": ("weight gradients in fp32", fused_linear, None),
         "mlp": (gelu, fused_mlp, cublaslt.why_not(device, model.embd_size)),
     }
+
+
+def _pick_loss(device: torch.device, model: ModelConfig, has_quack: bool) -> Part:
+    why_not_quack = ""
+    if has_quack:
+        from gpt2core import quack_kernels
+
+        why_not_quack = quack_kernels.why_not_loss(device, model.vocab_size) or ""
+        if not why_not_quack:
+            return "loss (QuACK)", partial(fused_loss.mean_loss, quack=True), None
+    return f"loss (Triton{_faster(device, why_not_quack)})", fused_loss.mean_loss, fused_loss.why_not(device)
 
 
 def _try_weight_gradients(device: torch.device) -> None:
@@ -243,7 +252,7 @@ def _quack_products(device: torch.device, model: ModelConfig) -> tuple[Products 
         return None, why_not
     from gpt2core import quack_kernels as quack
 
-    if why_not := quack.why_not(device, model):
+    if why_not := quack.why_not(device, model.embd_size):
         return None, why_not
     return Products(quack.linear, quack.input_gradient, quack.linear_gelu, quack.gelu_gradient), ""
 

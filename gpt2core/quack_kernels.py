@@ -18,7 +18,6 @@ from quack.gemm_config import GemmConfig
 from quack.gemm_interface import gemm_act
 from torch import Tensor
 
-from gpt2core.config import ModelConfig
 from gpt2core.device_trial import check_close, failure_of
 
 ALIGNMENT = 8  # elements of bf16 in the 16 bytes to which rows are aligned for the tensor memory accelerator
@@ -110,15 +109,34 @@ def losses_in_place(logits: Tensor, targets: Tensor) -> Tensor:
     return losses
 
 
-def why_not(device: torch.device, model: ModelConfig) -> str | None:
-    """Why these cannot be had for such a model; None when they can: small ones are compared with PyTorch's."""
-    if model.embd_size % ALIGNMENT:
-        return f"width {model.embd_size} is not a multiple of {ALIGNMENT}"
-    return failure_of(lambda: [trial() for trial in trials(device, model.embd_size, model.vocab_size).values()])
+def why_not(device: torch.device, width: int) -> str | None:
+    """Why the products cannot be had for a model of such a width; None when they can: small ones are compared with PyTorch's."""
+    if width % ALIGNMENT:
+        return f"width {width} is not a multiple of {ALIGNMENT}"
+    return failure_of(lambda: [trial() for trial in product_trials(device, width).values()])
 
 
-def trials(device: torch.device, width: int, vocab_size: int) -> dict[str, Callable[[], None]]:
-    """Each kernel in small, by what it is for. A trial raises what the compiler raises, or RuntimeError where the result is not
+def why_not_loss(device: torch.device, vocab_size: int) -> str | None:
+    """Why the loss of such logits cannot be had, nor their product; None when it can: it is compared with PyTorch's."""
+    if vocab_size % ALIGNMENT:  # as OpenAI's 50,257
+        return f"a vocabulary of {vocab_size} is not a multiple of {ALIGNMENT}"
+    return failure_of(lambda: try_loss(device, vocab_size))
+
+
+def try_loss(device: torch.device, vocab_size: int) -> None:
+    """Raises what the compiler raises, or RuntimeError where the result is not PyTorch's."""
+    random = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(16, vocab_size, device=device, dtype=torch.bfloat16, generator=random)
+    targets = torch.randint(vocab_size, (16,), device=device, generator=random)
+    exact = logits.float().requires_grad_()
+    expected = F.cross_entropy(exact, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum(), exact)
+    check_close(losses_in_place(logits, targets), expected, "QuACK's loss")
+    check_close(logits, gradient, "QuACK's gradient of the loss")
+
+
+def product_trials(device: torch.device, width: int) -> dict[str, Callable[[], None]]:
+    """Each product in small, by what it is for. A trial raises what the compiler raises, or RuntimeError where the result is not
     PyTorch's."""
     random = torch.Generator(device).manual_seed(0)
 
@@ -146,16 +164,6 @@ def trials(device: torch.device, width: int, vocab_size: int) -> dict[str, Calla
     def try_multiply(a: Tensor, b: Tensor, what: str) -> None:
         check_close(multiply(a, b), a.float() @ b.float(), what)
 
-    def try_loss() -> None:
-        if vocab_size % ALIGNMENT:
-            return  # others are taken then
-        logits, targets = some(16, vocab_size), torch.arange(16, device=device) * (vocab_size // 16)
-        exact_logits = logits.float().requires_grad_()
-        expected = F.cross_entropy(exact_logits, targets, reduction="none")
-        (gradient,) = torch.autograd.grad(expected.sum(), exact_logits)
-        check_close(losses_in_place(logits, targets), expected, "QuACK's loss")
-        check_close(logits, gradient, "QuACK's gradient of the loss")
-
     return {
         "gelu_gradient": try_gelu_gradient,
         "linear_gelu": try_linear_gelu,
@@ -166,5 +174,4 @@ def trials(device: torch.device, width: int, vocab_size: int) -> dict[str, Calla
         "input_gradient": lambda: try_multiply(x, back, "QuACK's gradient of an input"),
         "long_sum": lambda: try_multiply(some(300, LONG), tall, "QuACK's gradient of an input of many outputs"),
         "logits": lambda: check_close(multiply(x, weight.T), product, "QuACK's logits"),
-        "loss": try_loss,
     }

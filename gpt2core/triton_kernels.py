@@ -71,7 +71,7 @@ def _loss_kernel(logits, targets, losses, log_sums, num_columns, with_gradient: 
 
 
 def loss_rows(logits: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Losses and logsumexps, (N,) fp32, of logits (N, V), which become their gradient, `with_gradient`."""
+    """Losses and logsumexps, (N,) fp32, of logits (N, V), which become their gradient if `with_gradient`."""
     losses, log_sums = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
     _loss_kernel[(len(logits),)](
         logits,

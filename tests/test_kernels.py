@@ -158,19 +158,17 @@ def test_hopper_gets_its_own_kernels_where_they_are_installed() -> None:
 
 
 @pytest.mark.skipif(not hopper.is_hopper(HOPPER), reason="needs a Hopper GPU, whose kernels these are")
-def test_an_empty_cache_is_filled_before_the_kernels_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_are_compiled_ahead_into_their_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quack = pytest.importorskip("gpt2core.quack_kernels")
     pytest.importorskip("flash_attn.cute")
-    assert set(quack.trials(HOPPER, 128, 50304)) == set(kernel_cache.TRIALS["quack"])
+    assert {*quack.product_trials(HOPPER, 128), "loss"} == set(kernel_cache.TRIALS["quack"])
     monkeypatch.setenv("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     model = ModelConfig(embd_size=128, num_heads=2)
     for package, variable in kernel_cache.FOLDERS.items():
         monkeypatch.setenv(variable, str(tmp_path / package))
         with kernel_cache.filling(HOPPER, model, [package]):
             pass
-        compiled = list((tmp_path / package).rglob("*.o"))
-        assert len(compiled) >= len(kernel_cache.TRIALS[package])
-        assert not kernel_cache._missing(package, HOPPER), "what is there is left to the packages themselves"
+        assert len(list((tmp_path / package).rglob("*.o"))) >= len(kernel_cache.TRIALS[package])
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 1)])
@@ -188,18 +186,31 @@ def test_kernels_for_hopper_are_tried_on_hopper_alone(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what cannot be loaded is shown where there is no GPU for it")
 def test_what_cannot_be_compiled_ahead_is_left_to_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = ModelConfig(embd_size=64, num_heads=2)
-    monkeypatch.setenv(kernel_cache.FOLDERS["flash_attn"], str(tmp_path / "not there yet"))
-    assert not kernel_cache._missing("flash_attn", HOPPER), "for this is no Hopper GPU"
+    model, other = (ModelConfig(embd_size=64, num_heads=heads) for heads in (2, 4))
+    monkeypatch.setenv(kernel_cache.FOLDERS["flash_attn"], str(tmp_path / "new"))
+    monkeypatch.delenv(kernel_cache.FOLDERS["quack"], raising=False)
+
+    def started(model: ModelConfig, *packages: str) -> list[list[str]]:
+        before = {process.pid for process in descendants(os.getpid())}
+        with kernel_cache.filling(HOPPER, model, packages):
+            new = [process for process in descendants(os.getpid()) if process.pid not in before]
+            commands = [Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")[2:-1] for process in new]
+        assert not any(process.is_alive() for process in new)
+        return commands
+
+    assert started(model, "flash_attn") == [], "for this is no Hopper GPU"
     monkeypatch.setattr(hopper, "why_not", lambda device, package: None)
-    with kernel_cache.filling(HOPPER, model, ["flash_attn"]):
-        (process,) = descendants(os.getpid())
-        command = Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")
-        assert command[1:-1] == ["-m", "gpt2core.kernel_cache", "flash_attention", "64", "2", "50304"]
-    assert not process.is_alive() and not list(tmp_path.iterdir())
-    assert not kernel_cache._missing("quack", HOPPER), "without a folder it would be in vain"
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert not kernel_cache._missing("flash_attn", HOPPER), "rank 0 of the machine does it"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert started(model, "flash_attn") == [], "for it is not installed"
+    monkeypatch.setitem(hopper.PACKAGES, "flash_attn", "torch")  # whose version is known
+    command = ["gpt2core.kernel_cache", str(os.getpid()), "flash_attention", "64"]
+    assert started(model, "flash_attn", "quack") == [[*command, "2", "50304"]], (
+        "without a folder QuACK would do it in vain"
+    )
+    assert started(model, "flash_attn") == [], "once is enough, also of what fails"
+    assert started(other, "flash_attn") == [[*command, "4", "50304"]]
+    monkeypatch.setenv(kernel_cache.FOLDERS["flash_attn"], "/proc/no folder of ours")
+    assert started(model, "flash_attn") == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what cannot be loaded is shown where there is no GPU for it")

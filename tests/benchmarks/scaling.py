@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from train_step import Contender, built, configuration, ours
 
-from gpt2core.config import TrainConfig
 from gpt2core.distributed import Ranks
 from gpt2core.flags import main_guard
 
@@ -37,7 +36,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--mini_batch_size", type=int, default=64)
     parser.add_argument("--precision", help="instead of bf16, its recipe behind a colon")
-    parser.add_argument("--bucket_cap_mb", type=int, nargs="+", default=[TrainConfig().bucket_cap_mb])
+    parser.add_argument("--bucket_cap_mb", type=int, nargs="+", default=[None], help="instead of DDP's own buckets")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="measured a round")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and batch, to see that it runs")
@@ -52,14 +51,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:  # each rank has its own copy of the shards
         config = configuration(Path(folder), ranks.device, arguments.tiny, arguments.mini_batch_size)
 
-        def contender(name: str, ranks: Ranks, **changed: int) -> Contender:
+        def contender(name: str, ranks: Ranks, **changed: int | None) -> Contender:
             train = config.train.model_copy(update=changed)
             own = config.model_copy(update={"run_name": name, "train": train})
             made = built(partial(ours, own, ranks, arguments.precision), ranks.device)
             made.name = name
             return made
 
-        together = [contender(f"buckets of {size} MiB", ranks, bucket_cap_mb=size) for size in arguments.bucket_cap_mb]
+        together = [
+            contender(f"buckets of {size} MiB" if size else "together", ranks, bucket_cap_mb=size)
+            for size in arguments.bucket_cap_mb
+        ]
         single = contender("alone", alone) if ranks.is_main else None
         for _ in range(arguments.rounds):
             settle(ranks)
