@@ -206,9 +206,9 @@ def refuse_fp8(train: TrainConfig, model: ModelConfig, device: torch.device) -> 
     """Raises ValueError, saying what to do, when FP8 is asked for and cannot be had on this device."""
     if not train.precision.startswith("fp8"):
         return
-    emulate = train.kernels == "plain"
-    if why := why_not(device, model, train.fp8_recipe, emulate):
-        instead = "" if emulate else ", or --kernels plain, which emulates FP8, slowly, without such hardware"
+    if why := why_not(device, model, train.fp8_recipe, emulate=train.kernels == "plain"):
+        can_emulate = why_not(device, model, train.fp8_recipe, emulate=True) is None
+        instead = ", or --kernels plain, which emulates FP8, slowly, without such hardware" if can_emulate else ""
         raise ValueError(f"precision {train.precision}: {why}; use --precision bf16{instead}")
 
 
@@ -228,10 +228,11 @@ def why_not(device: torch.device, model: ModelConfig, recipe: str, emulate: bool
     if not fused_loss.HAS_TRITON:
         return "Triton is not installed"
     name = torch.cuda.get_device_name(device)
-    failure = failure_of(lambda: check_kernels(device)) or failure_of(lambda: _try_products(device, rowwise=False))
-    if failure:
-        hint = "; TRITON_PTXAS_PATH and TRITON_PTXAS_BLACKWELL_PATH may name a newer ptxas"
-        return f"torch {torch.__version__} cannot compute in FP8 on {name}: {failure}{hint}"
+    cannot = f"torch {torch.__version__} cannot compute in FP8 on {name}: "
+    if failure := failure_of(lambda: check_kernels(device)):
+        return f"{cannot}{failure}; TRITON_PTXAS_PATH and TRITON_PTXAS_BLACKWELL_PATH may name a newer ptxas"
+    if failure := failure_of(lambda: _try_products(device, rowwise=False)):
+        return cannot + failure
     if recipe == "rowwise" and (failure := failure_of(lambda: _try_products(device, rowwise=True))):
         return (
             f"torch {torch.__version__} cannot scale rows on {name} ({failure}), but --fp8_recipe delayed works there"

@@ -234,12 +234,21 @@ def restore(
     before, now = state["data"]["fingerprint"], trainer.loader.sequences.fingerprint
     if before != now:
         origin += f"; WARNING: on other data than before, as accepted: fingerprint {before[:12]} -> {now[:12]}"
-    precision_before, precision = state["config"]["train"].get("precision", "auto"), trainer.config.train.precision
+    precision_before = _precision(state["config"]["train"])
+    precision = _precision(trainer.config.train.model_dump())
     if precision_before != precision:
         origin += f"; WARNING: with another precision than before, as forced: {precision_before} -> {precision}"
     if optimizer_of(state) != trainer.config.train.optimizer:
         origin += f"; WARNING: with another optimizer than before, as forced: {optimizer_of(state)} -> {trainer.config.train.optimizer}, moments from zero"
     return origin
+
+
+def _precision(train: dict[str, Any]) -> str:
+    """Of a run's settings; older ones had no word on it, and gradients in e5m2."""
+    precision = str(train.get("precision", "auto"))
+    if precision != "fp8":
+        return precision
+    return f"fp8 ({train['fp8_recipe']}, gradients in {train.get('fp8_gradients', 'e5m2')})"
 
 
 def start(trainer: Trainer) -> str:

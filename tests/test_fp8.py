@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gpt2core.config import ModelConfig, TrainConfig
 from gpt2core.distributed import Ranks
-from gpt2core.fp8 import FP8, equip, why_not
+from gpt2core.fp8 import FP8, equip, refuse_fp8, why_not
 from gpt2core.fp8_cast import E4M3, E5M2, cast, power_of_two, product
 from gpt2core.fp8_linear import Scale
 from gpt2core.fp8_scaling import HEADROOM, HISTORY, DelayedScaling
@@ -484,6 +484,8 @@ def test_fp8_is_refused_where_it_cannot_be_had() -> None:
     assert why_not(torch.device("cpu"), odd, "delayed", emulate=True) == (
         "embd_size 24 is not a multiple of 16, as FP8 products need"
     )
+    with pytest.raises(ValueError, match=r"as FP8 products need; use --precision bf16$"):
+        refuse_fp8(settings(device="any other"), odd, torch.device("cpu"))
     unpadded = SHAPE.model_copy(update={"vocab_size": 50257})
     assert "vocab_size 50257 is not a multiple of 16" in str(why_not(torch.device("cpu"), unpadded, "delayed"))
 

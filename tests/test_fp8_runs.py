@@ -69,7 +69,7 @@ def test_a_run_in_bf16_goes_on_in_fp8_and_back(lab: Any, tmp_path: Path, train_h
     state = lab.latest(tmp_path / "tiny")
     assert state["step"] == 3 and "fp8" not in state
     log = (tmp_path / "tiny" / "logs" / "log.txt").read_text()
-    for change in ("bf16 -> fp8", "fp8 -> bf16"):
+    for change in ("bf16 -> fp8 (delayed, gradients in e4m3)", "fp8 (delayed, gradients in e4m3) -> bf16"):
         assert f"WARNING: with another precision than before, as forced: {change}" in log
     assert log.count("precision: activations in bf16") == 2
     assert {float(moments["step"]) for moments in state["optimizer"]["state"].values()} == {3.0}
