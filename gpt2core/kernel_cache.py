@@ -47,8 +47,10 @@ def filling(device: torch.device, model: ModelConfig, packages: Collection[str])
     """Compiles these packages' kernels for this model while the body runs, and until all are there, if no start before has
     tried to. What fails to compile is left to whoever uses it."""
     names = [name for package in packages if _is_first(package, device, model) for name in TRIALS[package]]
-    running = [_start(name, model) for name in names]
+    running: list[subprocess.Popen[bytes]] = []
     try:
+        for name in names:
+            running.append(_start(name, model))
         yield
         with contextlib.suppress(subprocess.TimeoutExpired):
             for process in running:

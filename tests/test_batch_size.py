@@ -68,6 +68,7 @@ def test_auto_gives_the_losses_of_the_size_it_takes(lab: Any, tmp_path: Path, tr
         log = (tmp_path / name / "logs" / "log.txt").read_text()
         assert "512 tokens = 2 accumulation steps x 1 ranks x 8 sequences" in log
         assert ("mini_batch_size auto: as many as fit" in log) == (name == "auto")
+        assert (", at most " in log) == (name == "auto"), "which the check before the start cannot know better"
     assert losses[0] == losses[1] and losses[0]
 
 

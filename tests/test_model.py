@@ -76,6 +76,17 @@ def test_padding_of_the_vocabulary_leaves_the_real_logits_alone():
     torch.testing.assert_close(logits[..., :50257], make_huggingface(padded)(tokens).logits, atol=1e-4, rtol=0)
 
 
+def test_the_weights_are_drawn_by_init_weights_alone():
+    before = torch.get_rng_state()
+    model = GPT(SHAPE)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    model.init_weights(torch.Generator().manual_seed(0))
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_gradients_are_those_of_hugging_face():
     ours = stir(make_gpt())
     theirs = make_huggingface(ours)
