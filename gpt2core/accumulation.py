@@ -14,19 +14,16 @@ def accumulate(
 ) -> Tensor:
     """Adds a micro-step's share of the gradients to those of the micro-steps before; returns its share of the loss.
 
-    Ranks exchange gradients in the last micro-step, which runs `together`, by DDP's hooks on autograd's own additions; the
-    others run `alone`, the same model without DDP. The first one's gradients become the sum as they are. In between all
-    are added by a few kernels, where autograd takes one for each.
+    The last micro-step runs `together`, the others `alone`, the same model without DDP. Where `together` is DDP's, ranks exchange
+    gradients in that one, by its hooks on autograd's own additions. The first one's gradients become the sum as they are. Else
+    all are added by a few kernels, where autograd takes one for each.
     """
-    is_last = micro_step == accum_steps - 1
-    model = together if is_last else alone
+    model = together if micro_step == accum_steps - 1 else alone
     loss: Tensor = model(inputs, targets) / accum_steps
-    if micro_step == 0 or is_last:
+    if micro_step == 0 or isinstance(model, DistributedDataParallel):
         loss.backward()
     else:
-        parameters = list(model.parameters())
-        sums = [_gradient(parameter) for parameter in parameters]
-        torch._foreach_add_(sums, list(torch.autograd.grad(loss, parameters)))
+        torch._foreach_add_(gradients(model), list(torch.autograd.grad(loss, list(model.parameters()))))
     return loss.detach()
 
 
@@ -37,6 +34,6 @@ def rehearse(alone: nn.Module, together: nn.Module, inputs: Tensor, targets: Ten
             accumulate(alone, together, inputs, targets, micro_step, accum_steps)
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None  # each takes part in each loss
-    return parameter.grad
+def gradients(model: nn.Module) -> list[Tensor]:
+    """Of all parameters, each of which takes part in each loss."""
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

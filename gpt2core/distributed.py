@@ -62,6 +62,26 @@ class Ranks:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
+    def average(self, tensors: list[Tensor]) -> None:
+        """Each tensor becomes the mean of all ranks', as it lies in memory; they are sent as if they were one."""
+        if self.world_size == 1:
+            return
+        has_mean = self.device.type == "cuda"  # NCCL's; gloo has sums alone
+        with dist.distributed_c10d._coalescing_manager():
+            for tensor in tensors:
+                dist.all_reduce(tensor, op=dist.ReduceOp.AVG if has_mean else dist.ReduceOp.SUM)
+        if not has_mean:
+            torch._foreach_div_(tensors, self.world_size)
+
+    def are_linked(self) -> bool:
+        """Whether all ranks are on one machine, on its CPU or on GPUs that reach each other's memory (NVLink, PCIe)."""
+        count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        apart = count != self.world_size
+        if self.device.type == "cuda" and not apart:
+            others = (other for other in range(count) if other != self.device.index)
+            apart = not all(torch.cuda.can_device_access_peer(self.device, other) for other in others)
+        return not self.any(apart)[0]
+
     def any(self, *values: bool) -> list[bool]:
         """For each value whether it is true on any rank; all ranks get the same answers at the same place."""
         if self.world_size == 1:

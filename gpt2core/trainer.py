@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2core import heartbeat
-from gpt2core.accumulation import accumulate
+from gpt2core.accumulation import accumulate, gradients
 from gpt2core.batch_size import fewer_when_memory_runs_out, fitting_mini_batch_size
 from gpt2core.checkpoint import Saver, check_same_model
 from gpt2core.checkpoint_folder import BEST, FORMAT, epoch_name
@@ -65,7 +65,7 @@ class Trainer:
         self.fp8 = equip(self.raw_model, train, ranks)
         self.optimizer = build_optimizer(self.raw_model, train, ranks.rank, ranks.world_size)
         self.alone = self.together = _compiled(self.raw_model, train, ranks)
-        if ranks.world_size > 1:
+        if ranks.world_size > 1 and exchanges_in_buckets(train, ranks):
             on = [ranks.device] if ranks.device.type == "cuda" else None
             in_buckets = _compiled(self.raw_model, train, ranks, IN_BUCKETS)
             self.together = DistributedDataParallel(
@@ -174,7 +174,7 @@ class Trainer:
         return frequency > 0 and self.step % frequency == 0
 
     def train_step(self) -> StepResult:
-        """One optimizer update over total_batch_size tokens; ranks exchange gradients on the last micro-step only."""
+        """One optimizer update over total_batch_size tokens; ranks exchange gradients once, in the last micro-step or after it."""
         train = self.config.train
         lr = learning_rate(self.step, self.max_steps, train)
         set_learning_rate(self.optimizer, lr)
@@ -186,6 +186,8 @@ class Trainer:
                 self._calibrate(self.fp8, inputs, targets)
             loss += accumulate(self.alone, self.together, inputs, targets, micro_step, self.accum_steps)
             heartbeat.beat()
+        if not isinstance(self.together, DistributedDataParallel):
+            self.ranks.average(gradients(self.raw_model))
         grad_norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), train.grad_clip)
         self._update(grad_norm)
         return StepResult(loss, grad_norm, self.skipped_in_a_row, lr)
@@ -336,6 +338,17 @@ def steps_per_epoch(config: RunConfig, sequences: Sequences) -> int:
             f"fewer than the {config.sequences_per_step()} of one step: lower --total_batch_size"
         )
     return steps
+
+
+def exchanges_in_buckets(train: TrainConfig, ranks: Ranks) -> bool:
+    """Whether DDP exchanges gradients while later ones are still being computed, which hides what a slow connection takes.
+
+    A fast one is better used at the end: an exchange beside products takes multiprocessors from them, the model is compiled
+    in more pieces for it, and the gradients are copied into buckets (docs/results.md).
+    """
+    if train.bucket_cap_mb is None:
+        return not ranks.are_linked()
+    return train.bucket_cap_mb > 0
 
 
 def _compiled(model: nn.Module, train: TrainConfig, ranks: Ranks, options: dict[str, Any] | None = None) -> nn.Module:

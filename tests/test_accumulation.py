@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from gpt2core.accumulation import rehearse
 
-# A step as `gpt2core.train` makes it, after a rehearsal, with counts of the buckets that DDP hands over to be exchanged, of the
-# graphs that are compiled and of the pieces that torch.compile cuts one into.
+# A step as `gpt2core.train` makes it, after a rehearsal, with counts of the exchanges, which are DDP's buckets where there are
+# any, of the graphs that are compiled and of the pieces that torch.compile cuts one into.
 COUNTING = """
 import torch
 from torch._dynamo.backends.distributed import DDPOptimizer
@@ -34,7 +34,7 @@ parser = Parser("counting")
 add_arguments(parser)
 ranks = Ranks.join("cpu")
 def tried(alone, together, *others):
-    assert isinstance(together, DistributedDataParallel) and not isinstance(alone, DistributedDataParallel)
+    assert isinstance(together, DistributedDataParallel) or together is alone
     return fitting(alone, together, *others)
 fitting, trainer_module.fitting_mini_batch_size = trainer_module.fitting_mini_batch_size, tried
 trainer = Trainer(run_config(parser.parse_args()), ranks)
@@ -42,7 +42,13 @@ exchanged = []
 def counting(state, bucket):
     exchanged.append(bucket.index())
     return allreduce_hook(state, bucket)
-trainer.together.register_comm_hook(None, counting)
+average = Ranks.average
+def counting_average(ranks, tensors):
+    exchanged.append(len(tensors))
+    average(ranks, tensors)
+Ranks.average = counting_average
+if trainer.together is not trainer.alone:
+    trainer.together.register_comm_hook(None, counting)
 compile_in_pieces, pieces = DDPOptimizer.compile_fn, []
 def counting_pieces(self, *arguments):
     compiled = compile_in_pieces(self, *arguments)
@@ -58,7 +64,7 @@ trainer.train_step()
 exchanged.clear()  # in its first step DDP learns the order of the gradients, and has one bucket
 trainer.train_step()
 if ranks.is_main:
-    print(trainer.accum_steps, "micro-steps", len(exchanged), "buckets", len(set(exchanged)), "of them different")
+    print(trainer.accum_steps, "micro-steps", len(exchanged), "exchanges", len(set(exchanged)), "of them different")
     print(rehearsed, "graphs before the step", counters["stats"]["unique_graphs"], "after it", *pieces, "pieces")
 trainer.loader.close()
 ranks.leave()
@@ -66,7 +72,7 @@ ranks.leave()
 
 
 def counts(lab: Any, folder: Path, **flags: Any) -> list[int]:
-    """Micro-steps, buckets, different ones among them, graphs before and after a step, pieces of each that was cut."""
+    """Micro-steps, exchanges, different ones among them, graphs before and after a step, pieces of each that was cut."""
     script = folder / "counting.py"
     script.write_text(COUNTING)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
@@ -75,25 +81,32 @@ def counts(lab: Any, folder: Path, **flags: Any) -> list[int]:
     return [int(word) for line in done.stdout.splitlines()[-2:] for word in line.split() if word.isdigit()]
 
 
-@pytest.mark.parametrize("mini_batch_size", [4, 2, 1])
-def test_ranks_exchange_gradients_once_a_step(lab: Any, tmp_path: Path, mini_batch_size: int) -> None:
-    micro_steps, buckets, different, *_ = counts(lab, tmp_path, mini_batch_size=mini_batch_size)
+@pytest.mark.parametrize(("mini_batch_size", "bucket_cap_mb"), [(4, 0), (1, 0), (4, 1), (1, 1)])
+def test_ranks_exchange_gradients_once_a_step(
+    lab: Any, tmp_path: Path, mini_batch_size: int, bucket_cap_mb: int
+) -> None:
+    flags = {"mini_batch_size": mini_batch_size, "bucket_cap_mb": bucket_cap_mb}
+    micro_steps, exchanges, different, *_ = counts(lab, tmp_path, **flags)
     assert micro_steps == 4 // mini_batch_size
-    assert buckets == different > 0
+    assert exchanges == different > 0
 
 
 @pytest.mark.parametrize("bucket_cap_mb", [1, 1000])
 def test_gradients_are_exchanged_in_buckets_of_the_wanted_size(lab: Any, tmp_path: Path, bucket_cap_mb: int) -> None:
-    _, buckets, different, *_ = counts(lab, tmp_path, embd_size=128, bucket_cap_mb=bucket_cap_mb)
-    assert buckets == different
-    assert buckets == 1 if bucket_cap_mb == 1000 else buckets > 1
+    _, exchanges, different, *_ = counts(lab, tmp_path, embd_size=128, bucket_cap_mb=bucket_cap_mb)
+    assert exchanges == different
+    assert exchanges > 1 if bucket_cap_mb == 1 else exchanges == 1
 
 
 @pytest.mark.slow
-def test_only_the_exchange_cuts_the_compiled_model_at_its_buckets(lab: Any, tmp_path: Path) -> None:
-    *_, before, after, pieces = counts(lab, tmp_path, mini_batch_size=2, compile="on")
-    assert before == after == 2, "a rehearsal compiles all that a step needs"
-    assert pieces > 1, "of the one that is cut"
+@pytest.mark.parametrize(("bucket_cap_mb", "graphs"), [(0, 1), (1, 2)])
+def test_only_an_exchange_in_buckets_cuts_the_compiled_model(
+    lab: Any, tmp_path: Path, bucket_cap_mb: int, graphs: int
+) -> None:
+    flags = {"mini_batch_size": 2, "compile": "on", "bucket_cap_mb": bucket_cap_mb}
+    _, _, _, before, after, *pieces = counts(lab, tmp_path, **flags)
+    assert before == after == graphs, "a rehearsal compiles all that a step needs"
+    assert [number > 1 for number in pieces] == [True] * (graphs - 1), "of the one that is cut"
 
 
 class Named(nn.Module):

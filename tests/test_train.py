@@ -170,6 +170,11 @@ def test_resuming_on_two_ranks_is_bit_identical(
     lab.assert_same_run(resumed, straight_two_ranks)
 
 
+def test_an_exchange_in_buckets_changes_no_bit(lab: Any, first_epoch_two_ranks: Path, tmp_path: Path) -> None:
+    lab.train([*lab.flags(tmp_path), "--stop_epoch", "1", "--bucket_cap_mb", "1"], nproc=2)
+    lab.assert_same_run(tmp_path / "tiny", first_epoch_two_ranks, lab.steps_per_epoch)
+
+
 def test_two_ranks_train_as_one_process_does(lab: Any, straight: Path, straight_two_ranks: Path) -> None:
     assert lab.logged(straight_two_ranks, "loss") == pytest.approx(lab.logged(straight, "loss"), abs=1e-4)
     val_loss, of_two = lab.logged(straight, "val_loss"), lab.logged(straight_two_ranks, "val_loss")
