@@ -1,10 +1,11 @@
-"""Our training step on one GPU and on all of a machine, turn by turn: how much of each GPU is left when they share a step.
+"""Our training step on each GPU of a machine and on all of them, turn by turn: how much of each is left when they share a step.
 
     torchrun --standalone --nproc_per_node=2 tests/benchmarks/scaling.py [--mini_batch_size 64] [--precision fp8]
     torchrun --standalone --nproc_per_node=2 tests/benchmarks/scaling.py --tiny --device cpu     to see that it runs
 
-The same total batch in both, with all that a run's step has (train_step.py). While rank 0 is alone the others wait. With
---bucket_cap_mb 25 100 1000 together once for each of these sizes of DDP's buckets.
+The same total batch in both, with all that a run's step has (train_step.py). While one is alone the others wait. All together
+are compared with the slowest alone, too, for which the others wait in each step. With --bucket_cap_mb 0 25 100 together once for
+each of these, as `gpt2 train` has them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,7 +38,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--mini_batch_size", type=int, default=64)
     parser.add_argument("--precision", help="instead of bf16, its recipe behind a colon")
-    parser.add_argument("--bucket_cap_mb", type=int, nargs="+", default=[None], help="instead of DDP's own buckets")
+    parser.add_argument("--bucket_cap_mb", type=int, nargs="+", default=[None], help="instead of what a run would take")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="measured a round")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and batch, to see that it runs")
@@ -59,39 +61,44 @@ def main() -> None:
             return made
 
         together = [
-            contender(f"buckets of {size} MiB" if size else "together", ranks, bucket_cap_mb=size)
+            contender("together" if size is None else f"together, --bucket_cap_mb {size}", ranks, bucket_cap_mb=size)
             for size in arguments.bucket_cap_mb
         ]
-        single = contender("alone", alone) if ranks.is_main else None
+        single = contender(f"rank {ranks.rank} alone", alone)
         for _ in range(arguments.rounds):
-            settle(ranks)
-            if single:
-                single.measure(ranks.device, arguments.steps)
+            for rank in range(ranks.world_size):
+                settle(ranks)
+                if ranks.rank == rank:
+                    single.measure(ranks.device, arguments.steps)
             for one in together:
                 settle(ranks)
                 one.measure(ranks.device, arguments.steps)
         settle(ranks)
-        for one in together:
-            one.peak_bytes = max(ranks.gather(one.peak_bytes))
-    if single:
-        show(single, together, ranks, config.train.total_batch_size)
+        singles = [Measured(*one) for one in ranks.gather(tuple(Measured.of(single)))]
+        shared = [Measured.of(one)._replace(peak_bytes=max(ranks.gather(one.peak_bytes))) for one in together]
+    if ranks.is_main:
+        show(singles, shared, ranks, arguments.rounds * arguments.steps, config.train.total_batch_size)
     ranks.leave()
 
 
-def show(single: Contender, together: list[Contender], ranks: Ranks, tokens: int) -> None:
-    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type
-    print(
-        f"\n{name}, torch {torch.__version__}, {dist.get_backend()}; median of {len(single.seconds)} steps of {tokens:,} tokens"
-    )
-    print(f"{'ranks':>5}{'tokens/s':>12}{'ms':>9}{'times one':>11}{'peak GiB':>10}")
-    one_s = statistics.median(single.seconds)
-    for count, contender in ((1, single), *((ranks.world_size, one) for one in together)):
-        seconds = statistics.median(contender.seconds)
-        peak_gib = contender.peak_bytes / 2**30  # of the GPU that takes most
-        print(
-            f"{count:>5}{tokens / seconds:>12,.0f}{1000 * seconds:>9.1f}{one_s / seconds:>11.3f}{peak_gib:>10.2f}"
-            f"  {contender.name}"
-        )
+class Measured(NamedTuple):
+    name: str
+    seconds: float  # a step, in the median
+    peak_bytes: int  # of the GPU that takes most
+
+    @classmethod
+    def of(cls, contender: Contender) -> Measured:
+        return cls(contender.name, statistics.median(contender.seconds), contender.peak_bytes)
+
+
+def show(singles: list[Measured], together: list[Measured], ranks: Ranks, steps: int, tokens: int) -> None:
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type
+    print(f"\n{device}, torch {torch.__version__}, {dist.get_backend()}; median of {steps} steps of {tokens:,} tokens")
+    print(f"{'tokens/s':>10}{'ms':>9}{'times rank 0':>14}{'times the slowest':>19}{'peak GiB':>10}")
+    first, slowest = singles[0].seconds, max(one.seconds for one in singles)
+    for name, seconds, peak_bytes in (*singles, *together):
+        speed = f"{tokens / seconds:>10,.0f}{1000 * seconds:>9.1f}{first / seconds:>14.3f}{slowest / seconds:>19.3f}"
+        print(f"{speed}{peak_bytes / 2**30:>10.2f}  {name}")
 
 
 if __name__ == "__main__":
