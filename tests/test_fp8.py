@@ -490,6 +490,15 @@ def test_fp8_is_refused_where_it_cannot_be_had() -> None:
     assert "vocab_size 50257 is not a multiple of 16" in str(why_not(torch.device("cpu"), unpadded, "delayed"))
 
 
+def test_a_gpu_before_ada_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    a100 = torch.device("cuda", 7)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    wanted = r"precision fp8: it needs .* capability 8\.9 \(Ada\).*, and NVIDIA A100 has 8\.0; use --precision bf16, or"
+    with pytest.raises(ValueError, match=wanted):
+        refuse_fp8(settings(device="any other"), SHAPE, a100)
+
+
 @on_gpu
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_gpu_with_fp8_takes_it(recipe: str) -> None:

@@ -101,6 +101,16 @@ def test_muon_in_fp8_resumes_bit_for_bit_and_is_exported(lab: Any, tmp_path: Pat
     assert (tmp_path / "exported" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("way", [{"fp8_recipe": "tensorwise"}, {"fp8_recipe": "rowwise"}, {"precision": "fp8_head"}])
+def test_the_other_ways_resume_bit_for_bit(lab: Any, tmp_path: Path, train_here: Any, way: dict[str, str]) -> None:
+    run = RUN | {"steps_per_epoch": 1} | way
+    train_here(lab.flags(tmp_path / "straight", **run))
+    straight = tmp_path / "straight" / "tiny"
+    resumed = lab.copy_run(straight, tmp_path)
+    train_here([*lab.flags(tmp_path, **run), "--resume", "epoch_00001"])
+    lab.assert_same_run(resumed, straight, max_steps=2)
+
+
 def test_gradients_are_calibrated_at_the_size_that_they_have_in_a_step(lab: Any, tmp_path: Path) -> None:
     """By 4 of the 8 sequences of one of two micro-steps."""
     shape = {"context_length": 16, "num_layers": 2, "embd_size": 32, "num_heads": 2}

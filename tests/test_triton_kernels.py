@@ -5,7 +5,11 @@ The interpreter knows no PTX, so that what rounds there to 8 bits is other code;
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +27,47 @@ if not HAS_TRITON:
 
 from gpt2core import triton_kernels as kernels
 
+# Compiles the kernels for GPUs that need not be here, FP8's from Ada on; ends with an error where PTX or machine code cannot be made.
+COMPILING = """
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from gpt2core import triton_kernels as kernels
+
+def compiled(capability, kernel, tensors, sizes, num_warps, **constants):
+    types = {name: "*" + dtype for name, dtype in tensors.items()} | dict.fromkeys(sizes, "i32")
+    source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": num_warps}).asm["cubin"]
+
+loss = {"logits": "bf16", "targets": "i64", "losses": "fp32", "log_sums": "fp32"}
+factors = {"factor": "fp32", "amax": "fp32", "row_major": "i32", "column_major": "i32", "sums": "fp32"}
+casts = {
+    "gelu_gradient": ("bf16", kernels.CAST_BLOCK_WITH_SUMS, tl.float8e4nv, True),
+    "softmax_gradient": ("fp32", kernels.CAST_BLOCK, tl.float8e5, False),
+}
+for capability in (80, 86, 89, 90, 100, 103, 120, 121):  # A100 to GB10
+    print("capability", capability, flush=True)
+    block = {"with_gradient": True, "block": kernels.LOSS_BLOCK}
+    assert compiled(capability, kernels._loss_kernel, loss, ["num_columns"], kernels.LOSS_WARPS, **block)
+    for what, (other, (rows, columns, num_warps), dtype, with_sums) in casts.items() if capability >= 89 else ():
+        tensors = {"x": "bf16", "other": other, "targets": "i64"} | factors
+        block = {"block_rows": rows, "block_columns": columns, "what": what, "dtype": dtype, "with_sums": with_sums}
+        sizes = ["num_rows", "row_fours", "column_fours"]
+        assert compiled(capability, kernels._cast_kernel, tensors, sizes, num_warps, **block)
+"""
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = [(37, 52), (64, 128), (1, 16), (530, 260)]  # columns in fours
+
+
+def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+    environment = {"PYTHONPATH": str(Path(__file__).parent.parent), "TRITON_CACHE_DIR": str(tmp_path)}
+    environment |= {"TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", COMPILING]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-20:] + done.stderr[-2000:]
 
 
 def random(*shape: int) -> Tensor:
