@@ -14,9 +14,9 @@ def accumulate(
 ) -> Tensor:
     """Adds a micro-step's share of the gradients to those of the micro-steps before; returns its share of the loss.
 
-    The last micro-step runs `together`, the others `alone`, the same model without DDP. Where `together` is DDP's, ranks exchange
-    gradients in that one, by its hooks on autograd's own additions. The first one's gradients become the sum as they are. Else
-    all are added by a few kernels, where autograd takes one for each.
+    The last micro-step runs `together`: the model within DDP, which exchanges gradients by hooks on autograd's own additions, or
+    `alone` again, which runs the others. The first one's gradients become the sum as they are. Where no DDP is in the way all
+    are added by a few kernels, where autograd takes one for each.
     """
     model = together if micro_step == accum_steps - 1 else alone
     loss: Tensor = model(inputs, targets) / accum_steps

@@ -4,6 +4,7 @@ it. That the sums are right, test_train.py says."""
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from conftest import REPOSITORY
 from torch import Tensor, nn
 
 from gpt2core.accumulation import rehearse
+from gpt2core.config import TrainConfig
+from gpt2core.distributed import Ranks
+from gpt2core.trainer import exchanges_in_buckets
 
 # A step as `gpt2core.train` makes it, after a rehearsal, with counts of the exchanges, which are DDP's buckets where there are
 # any, of the graphs that are compiled and of the pieces that torch.compile cuts one into.
@@ -33,11 +37,12 @@ from gpt2core.trainer import Trainer
 parser = Parser("counting")
 add_arguments(parser)
 ranks = Ranks.join("cpu")
+config = run_config(parser.parse_args())
 def tried(alone, together, *others):
-    assert isinstance(together, DistributedDataParallel) or together is alone
+    assert isinstance(together, DistributedDataParallel) if config.train.bucket_cap_mb else together is alone
     return fitting(alone, together, *others)
 fitting, trainer_module.fitting_mini_batch_size = trainer_module.fitting_mini_batch_size, tried
-trainer = Trainer(run_config(parser.parse_args()), ranks)
+trainer = Trainer(config, ranks)
 exchanged = []
 def counting(state, bucket):
     exchanged.append(bucket.index())
@@ -81,32 +86,61 @@ def counts(lab: Any, folder: Path, **flags: Any) -> list[int]:
     return [int(word) for line in done.stdout.splitlines()[-2:] for word in line.split() if word.isdigit()]
 
 
-@pytest.mark.parametrize(("mini_batch_size", "bucket_cap_mb"), [(4, 0), (1, 0), (4, 1), (1, 1)])
+@pytest.mark.parametrize(
+    ("mini_batch_size", "bucket_cap_mb", "is_at_once"), [(4, 0, True), (1, 0, True), (2, 1, False), (1, 1000, True)]
+)
 def test_ranks_exchange_gradients_once_a_step(
-    lab: Any, tmp_path: Path, mini_batch_size: int, bucket_cap_mb: int
+    lab: Any, tmp_path: Path, mini_batch_size: int, bucket_cap_mb: int, is_at_once: bool
 ) -> None:
-    flags = {"mini_batch_size": mini_batch_size, "bucket_cap_mb": bucket_cap_mb}
+    flags = {"mini_batch_size": mini_batch_size, "bucket_cap_mb": bucket_cap_mb, "embd_size": 128}
     micro_steps, exchanges, different, *_ = counts(lab, tmp_path, **flags)
     assert micro_steps == 4 // mini_batch_size
-    assert exchanges == different > 0
-
-
-@pytest.mark.parametrize("bucket_cap_mb", [1, 1000])
-def test_gradients_are_exchanged_in_buckets_of_the_wanted_size(lab: Any, tmp_path: Path, bucket_cap_mb: int) -> None:
-    _, exchanges, different, *_ = counts(lab, tmp_path, embd_size=128, bucket_cap_mb=bucket_cap_mb)
     assert exchanges == different
-    assert exchanges > 1 if bucket_cap_mb == 1 else exchanges == 1
+    assert (exchanges == 1) == is_at_once
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bucket_cap_mb", "graphs"), [(0, 1), (1, 2)])
-def test_only_an_exchange_in_buckets_cuts_the_compiled_model(
-    lab: Any, tmp_path: Path, bucket_cap_mb: int, graphs: int
+def test_only_the_exchange_in_buckets_cuts_the_compiled_model(lab: Any, tmp_path: Path) -> None:
+    *_, before, after, pieces = counts(lab, tmp_path, mini_batch_size=2, compile="on", bucket_cap_mb=1)
+    assert before == after == 2, "a rehearsal compiles all that a step needs"
+    assert pieces > 1, "of the one that is cut"
+
+
+@pytest.fixture
+def group_of_one(tmp_path: Path) -> Iterator[None]:
+    """For ranks of which only one is here."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize(
+    ("device", "on_this_machine", "out_of_reach", "in_buckets"),
+    [
+        ("cuda", 4, [], False),
+        ("cuda", 4, [3], True),
+        ("cuda", 2, [], True),
+        ("cpu", 4, [], False),
+        ("cpu", 1, [], True),
+    ],
+)
+def test_gradients_wait_for_the_end_only_where_ranks_are_linked(
+    monkeypatch: pytest.MonkeyPatch, device: str, on_this_machine: int, out_of_reach: list[int], in_buckets: bool
 ) -> None:
-    flags = {"mini_batch_size": 2, "compile": "on", "bucket_cap_mb": bucket_cap_mb}
-    _, _, _, before, after, *pieces = counts(lab, tmp_path, **flags)
-    assert before == after == graphs, "a rehearsal compiles all that a step needs"
-    assert [number > 1 for number in pieces] == [True] * (graphs - 1), "of the one that is cut"
+    asked: list[int] = []
+
+    def reaches(own: torch.device, other: int) -> bool:
+        asked.append(other)
+        return other not in out_of_reach
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(on_this_machine))
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", reaches)
+    ranks = Ranks(1, 4, torch.device(device, 1))
+    assert exchanges_in_buckets(TrainConfig(), ranks) == in_buckets
+    assert asked == ([0, 2, 3] if (device, on_this_machine) == ("cuda", 4) else [])
+    assert not exchanges_in_buckets(TrainConfig(bucket_cap_mb=0), ranks)
+    assert exchanges_in_buckets(TrainConfig(bucket_cap_mb=100), ranks)
 
 
 class Named(nn.Module):
