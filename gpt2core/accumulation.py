@@ -15,8 +15,8 @@ def accumulate(
     """Adds a micro-step's share of the gradients to those of the micro-steps before; returns its share of the loss.
 
     The last micro-step runs `together`: the model within DDP, which exchanges gradients by hooks on autograd's own additions, or
-    `alone` again, which runs the others. The first one's gradients become the sum as they are. Where no DDP is in the way all
-    are added by a few kernels, where autograd takes one for each.
+    `alone` again, which runs the others. The first one's gradients become the sum as they are. Those of the others are added by a
+    few kernels, where autograd, and so DDP, takes one for each.
     """
     model = together if micro_step == accum_steps - 1 else alone
     loss: Tensor = model(inputs, targets) / accum_steps
@@ -36,4 +36,6 @@ def rehearse(alone: nn.Module, together: nn.Module, inputs: Tensor, targets: Ten
 
 def gradients(model: nn.Module) -> list[Tensor]:
     """Of all parameters, each of which takes part in each loss."""
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    found = [parameter.grad for parameter in model.parameters()]
+    assert None not in found, "ranks would add up gradients of different parameters"
+    return found  # type: ignore[return-value]

@@ -170,10 +170,11 @@ class TrainConfig(Settings):
         32,
         description="Sequences a rank takes through the model at once; auto takes the largest power of two that fits.",
     )
-    bucket_cap_mb: Frequency | None = Field(
+    bucket_cap_mb: int | None = Field(
         None,
+        ge=0,
         description="MiB of gradients that ranks exchange at once, while later ones are still being computed; 0: all at the end. "
-        "Without it 0 on GPUs of one machine that reach each other's memory, and on a CPU; else as DDP has it, 25.",
+        "Without it 0 on one machine's CPU or GPUs that reach each other's memory; else as DDP has it, 25 and 1 for the first.",
     )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="AdamW for all weights, or Muon for the matrices inside the blocks and AdamW for the rest."

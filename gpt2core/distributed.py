@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
@@ -63,15 +63,21 @@ class Ranks:
         return tensor
 
     def average(self, tensors: list[Tensor]) -> None:
-        """Each tensor becomes the mean of all ranks', as it lies in memory; they are sent as if they were one."""
+        """Each tensor becomes the mean of all ranks', in place."""
         if self.world_size == 1:
             return
         has_mean = self.device.type == "cuda"  # NCCL's; gloo has sums alone
-        with dist.distributed_c10d._coalescing_manager():
+        with dist.distributed_c10d._coalescing_manager():  # one call for all; in public there is but a deprecated one
             for tensor in tensors:
                 dist.all_reduce(tensor, op=dist.ReduceOp.AVG if has_mean else dist.ReduceOp.SUM)
         if not has_mean:
             torch._foreach_div_(tensors, self.world_size)
+
+    def take_over(self, tensors: Iterable[Tensor]) -> None:
+        """Each tensor becomes rank 0's, in place."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
     def are_linked(self) -> bool:
         """Whether all ranks are on one machine, on its CPU or on GPUs that reach each other's memory (NVLink, PCIe)."""

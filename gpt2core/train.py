@@ -140,6 +140,7 @@ def _train(
         for line in [
             *findings,
             trainer.describe_batch(),
+            *([trainer.describe_exchange()] if ranks.world_size > 1 else []),
             f"device: {describe(ranks)}",
             f"kernels: {trainer.kernels.note}",
             trainer.describe_precision(),

@@ -65,6 +65,8 @@ class Trainer:
         self.fp8 = equip(self.raw_model, train, ranks)
         self.optimizer = build_optimizer(self.raw_model, train, ranks.rank, ranks.world_size)
         self.alone = self.together = _compiled(self.raw_model, train, ranks)
+        # as DDP does it, too; and so NCCL has the memory it needs before a mini-batch is tried
+        ranks.take_over(parameter.detach() for parameter in self.raw_model.parameters())
         if ranks.world_size > 1 and exchanges_in_buckets(train, ranks):
             on = [ranks.device] if ranks.device.type == "cuda" else None
             in_buckets = _compiled(self.raw_model, train, ranks, IN_BUCKETS)
@@ -98,6 +100,12 @@ class Trainer:
             f"batch: {self.config.train.total_batch_size:,} tokens = {self.accum_steps} accumulation steps "
             f"x {self.ranks.world_size} ranks x {self.mini_batch_size} sequences{note}"
         )
+
+    def describe_exchange(self) -> str:
+        if not isinstance(self.together, DistributedDataParallel):
+            return "gradients: exchanged all at once, after the last micro-step"
+        size = self.config.train.bucket_cap_mb or "DDP's 25"
+        return f"gradients: exchanged in buckets of {size} MiB, during the backward pass of the last micro-step"
 
     def describe_precision(self) -> str:
         if self.fp8:
@@ -343,9 +351,13 @@ def steps_per_epoch(config: RunConfig, sequences: Sequences) -> int:
 def exchanges_in_buckets(train: TrainConfig, ranks: Ranks) -> bool:
     """Whether DDP exchanges gradients while later ones are still being computed, which hides what a slow connection takes.
 
-    A fast one is better used at the end: an exchange beside products takes multiprocessors from them, the model is compiled
-    in more pieces for it, and the gradients are copied into buckets (docs/results.md).
+    A fast one is better used at the end (docs/results.md): for buckets the model is compiled in more pieces, and the gradients are
+    copied; and what exchanges them beside products presumably takes multiprocessors from these. Raises ValueError when the
+    ranks were told different things.
     """
+    asked = ranks.gather(train.bucket_cap_mb)
+    if len(set(asked)) > 1:
+        raise ValueError(f"--bucket_cap_mb is not the same on all ranks ({asked}): give one on all machines")
     if train.bucket_cap_mb is None:
         return not ranks.are_linked()
     return train.bucket_cap_mb > 0

@@ -15,9 +15,7 @@ from conftest import REPOSITORY
 from torch import Tensor, nn
 
 from gpt2core.accumulation import rehearse
-from gpt2core.config import TrainConfig
 from gpt2core.distributed import Ranks
-from gpt2core.trainer import exchanges_in_buckets
 
 # A step as `gpt2core.train` makes it, after a rehearsal, with counts of the exchanges, which are DDP's buckets where there are
 # any, of the graphs that are compiled and of the pieces that torch.compile cuts one into.
@@ -116,17 +114,17 @@ def group_of_one(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("group_of_one")
 @pytest.mark.parametrize(
-    ("device", "on_this_machine", "out_of_reach", "in_buckets"),
+    ("device", "on_this_machine", "out_of_reach", "are_linked"),
     [
-        ("cuda", 4, [], False),
-        ("cuda", 4, [3], True),
-        ("cuda", 2, [], True),
-        ("cpu", 4, [], False),
-        ("cpu", 1, [], True),
+        ("cuda", 4, [], True),
+        ("cuda", 4, [3], False),
+        ("cuda", 2, [], False),
+        ("cpu", 4, [], True),
+        ("cpu", 1, [], False),
     ],
 )
-def test_gradients_wait_for_the_end_only_where_ranks_are_linked(
-    monkeypatch: pytest.MonkeyPatch, device: str, on_this_machine: int, out_of_reach: list[int], in_buckets: bool
+def test_ranks_are_linked_on_one_machine_with_gpus_that_reach_each_other(
+    monkeypatch: pytest.MonkeyPatch, device: str, on_this_machine: int, out_of_reach: list[int], are_linked: bool
 ) -> None:
     asked: list[int] = []
 
@@ -136,11 +134,34 @@ def test_gradients_wait_for_the_end_only_where_ranks_are_linked(
 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(on_this_machine))
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", reaches)
-    ranks = Ranks(1, 4, torch.device(device, 1))
-    assert exchanges_in_buckets(TrainConfig(), ranks) == in_buckets
+    assert Ranks(1, 4, torch.device(device, 1)).are_linked() == are_linked
     assert asked == ([0, 2, 3] if (device, on_this_machine) == ("cuda", 4) else [])
-    assert not exchanges_in_buckets(TrainConfig(bucket_cap_mb=0), ranks)
-    assert exchanges_in_buckets(TrainConfig(bucket_cap_mb=100), ranks)
+
+
+CHOOSING = """
+from gpt2core.config import TrainConfig
+from gpt2core.distributed import Ranks
+from gpt2core.trainer import exchanges_in_buckets
+
+ranks = Ranks.join("cpu")
+said = [str(exchanges_in_buckets(TrainConfig(bucket_cap_mb=size), ranks)) for size in (None, 0, 1)]
+try:
+    exchanges_in_buckets(TrainConfig(bucket_cap_mb=None if ranks.is_main else 25), ranks)
+except ValueError as error:
+    said.append(str(error))
+if ranks.is_main:
+    print(", ".join(said))
+ranks.leave()
+"""
+
+
+def test_ranks_of_one_machine_wait_for_the_end_and_are_not_told_different_things(lab: Any, tmp_path: Path) -> None:
+    script = tmp_path / "choosing.py"
+    script.write_text(CHOOSING)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = lab.run_command([*torchrun, str(script)], PYTHONPATH=str(REPOSITORY))
+    refusal = "--bucket_cap_mb is not the same on all ranks ([None, 25]): give one on all machines"
+    assert done.stdout == f"False, False, True, {refusal}\n", done.stderr
 
 
 class Named(nn.Module):

@@ -101,7 +101,7 @@ def test_one_rank_beside_two(lab: Any) -> None:
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split(maxsplit=5) for line in done.stdout.splitlines()[-4:]]
-    names = ["rank 0 alone", "rank 1 alone", "together, --bucket_cap_mb 0", "together, --bucket_cap_mb 25"]
+    names = ["rank 0 alone", "rank 1 alone", "all 2, --bucket_cap_mb 0", "all 2, --bucket_cap_mb 25"]
     assert [row[5] for row in rows] == names
     assert rows[0][2] == "1.000" and "1.000" in (rows[0][3], rows[1][3])
     assert all(float(row[2]) > 0 and float(row[2]) <= float(row[3]) for row in rows)

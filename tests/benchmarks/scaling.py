@@ -3,8 +3,8 @@
     torchrun --standalone --nproc_per_node=2 tests/benchmarks/scaling.py [--mini_batch_size 64] [--precision fp8]
     torchrun --standalone --nproc_per_node=2 tests/benchmarks/scaling.py --tiny --device cpu     to see that it runs
 
-The same total batch in both, with all that a run's step has (train_step.py). While one is alone the others wait. All together
-are compared with the slowest alone, too, for which the others wait in each step. With --bucket_cap_mb 0 25 100 together once for
+Always the same total batch, with all that a run's step has (train_step.py). While one GPU is alone the others wait. A step of all
+is compared with one of rank 0's GPU and of the slowest, which sets its pace. With --bucket_cap_mb 0 25 100 all together once for
 each of these, as `gpt2 train` has them.
 """
 
@@ -61,7 +61,11 @@ def main() -> None:
             return made
 
         together = [
-            contender("together" if size is None else f"together, --bucket_cap_mb {size}", ranks, bucket_cap_mb=size)
+            contender(
+                f"all {ranks.world_size}{'' if size is None else f', --bucket_cap_mb {size}'}",
+                ranks,
+                bucket_cap_mb=size,
+            )
             for size in arguments.bucket_cap_mb
         ]
         single = contender(f"rank {ranks.rank} alone", alone)
@@ -75,6 +79,7 @@ def main() -> None:
                 one.measure(ranks.device, arguments.steps)
         settle(ranks)
         singles = [Measured(*one) for one in ranks.gather(tuple(Measured.of(single)))]
+        # with the memory of the GPU that takes most
         shared = [Measured.of(one)._replace(peak_bytes=max(ranks.gather(one.peak_bytes))) for one in together]
     if ranks.is_main:
         show(singles, shared, ranks, arguments.rounds * arguments.steps, config.train.total_batch_size)
@@ -84,7 +89,7 @@ def main() -> None:
 class Measured(NamedTuple):
     name: str
     seconds: float  # a step, in the median
-    peak_bytes: int  # of the GPU that takes most
+    peak_bytes: int
 
     @classmethod
     def of(cls, contender: Contender) -> Measured:
