@@ -62,11 +62,11 @@ class Trainer:
         self.raw_model = GPT(config.model, dtype, self.kernels)
         self.raw_model.init_weights(torch.Generator().manual_seed(train.seed))
         self.raw_model.to(ranks.device)
+        # DDP would do so, too; and NCCL has the memory it needs before a mini-batch is tried
+        ranks.take_over(parameter.detach() for parameter in self.raw_model.parameters())
         self.fp8 = equip(self.raw_model, train, ranks)
         self.optimizer = build_optimizer(self.raw_model, train, ranks.rank, ranks.world_size)
         self.alone = self.together = _compiled(self.raw_model, train, ranks)
-        # as DDP does it, too; and so NCCL has the memory it needs before a mini-batch is tried
-        ranks.take_over(parameter.detach() for parameter in self.raw_model.parameters())
         if ranks.world_size > 1 and exchanges_in_buckets(train, ranks):
             on = [ranks.device] if ranks.device.type == "cuda" else None
             in_buckets = _compiled(self.raw_model, train, ranks, IN_BUCKETS)

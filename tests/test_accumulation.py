@@ -139,6 +139,7 @@ def test_ranks_are_linked_on_one_machine_with_gpus_that_reach_each_other(
 
 
 CHOOSING = """
+import torch
 from gpt2core.config import TrainConfig
 from gpt2core.distributed import Ranks
 from gpt2core.trainer import exchanges_in_buckets
@@ -149,6 +150,10 @@ try:
     exchanges_in_buckets(TrainConfig(bucket_cap_mb=None if ranks.is_main else 25), ranks)
 except ValueError as error:
     said.append(str(error))
+taken, mean = torch.full((2, 2), ranks.rank + 1.0), torch.full((2, 2), ranks.rank + 1.0).T
+ranks.take_over([taken])
+ranks.average([mean, torch.zeros(3)])
+said += ranks.gather(f"{taken.sum():g} {mean.sum():g}")
 if ranks.is_main:
     print(", ".join(said))
 ranks.leave()
@@ -161,7 +166,7 @@ def test_ranks_of_one_machine_wait_for_the_end_and_are_not_told_different_things
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = lab.run_command([*torchrun, str(script)], PYTHONPATH=str(REPOSITORY))
     refusal = "--bucket_cap_mb is not the same on all ranks ([None, 25]): give one on all machines"
-    assert done.stdout == f"False, False, True, {refusal}\n", done.stderr
+    assert done.stdout == f"False, False, True, {refusal}, 4 6, 4 6\n", done.stderr
 
 
 class Named(nn.Module):
