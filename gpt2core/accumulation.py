@@ -36,6 +36,9 @@ def rehearse(alone: nn.Module, together: nn.Module, inputs: Tensor, targets: Ten
 
 def gradients(model: nn.Module) -> list[Tensor]:
     """Of all parameters, each of which takes part in each loss."""
-    found = [parameter.grad for parameter in model.parameters()]
-    assert None not in found, "ranks would add up gradients of different parameters"
-    return found  # type: ignore[return-value]
+    return [_gradient(parameter) for parameter in model.parameters()]
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None  # or ranks would add up gradients of different parameters
+    return parameter.grad
