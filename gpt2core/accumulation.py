@@ -29,8 +29,9 @@ def accumulate(
 
 def rehearse(alone: nn.Module, together: nn.Module, inputs: Tensor, targets: Tensor, accum_steps: int) -> None:
     """Takes one micro-step of each kind that a step has: the first, one between and the last. Ranks exchange nothing."""
+    kinds = {0, min(1, accum_steps - 1)} | ({accum_steps - 1} if together is not alone else set())
     with together.no_sync() if isinstance(together, DistributedDataParallel) else nullcontext():
-        for micro_step in sorted({0, min(1, accum_steps - 1), accum_steps - 1}):
+        for micro_step in sorted(kinds):
             accumulate(alone, together, inputs, targets, micro_step, accum_steps)
 
 

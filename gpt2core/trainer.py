@@ -351,9 +351,9 @@ def steps_per_epoch(config: RunConfig, sequences: Sequences) -> int:
 def exchanges_in_buckets(train: TrainConfig, ranks: Ranks) -> bool:
     """Whether DDP exchanges gradients while later ones are still being computed, which hides what a slow connection takes.
 
-    A fast one is better used at the end (docs/results.md): for buckets the model is compiled in more pieces, and the gradients are
-    copied; and what exchanges them beside products presumably takes multiprocessors from these. Raises ValueError when the
-    ranks were told different things.
+    Two H200 with NVLink are faster when it waits for the end (docs/results.md): for buckets the model is compiled in more pieces,
+    and the gradients are copied; and what exchanges them beside products presumably takes multiprocessors from these. Raises
+    ValueError when the ranks were told different things.
     """
     asked = ranks.gather(train.bucket_cap_mb)
     if len(set(asked)) > 1:

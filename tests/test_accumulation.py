@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from conftest import REPOSITORY
 from torch import Tensor, nn
 
-from gpt2core.accumulation import rehearse
+from gpt2core.accumulation import gradients, rehearse
 from gpt2core.distributed import Ranks
 
 # A step as `gpt2core.train` makes it, after a rehearsal, with counts of the exchanges, which are DDP's buckets where there are
@@ -29,6 +29,7 @@ from gpt2core import trainer as trainer_module
 from gpt2core.accumulation import rehearse
 from gpt2core.distributed import Ranks
 from gpt2core.flags import Parser, run_config
+from gpt2core.model import GPT
 from gpt2core.train_command import add_arguments
 from gpt2core.trainer import Trainer
 
@@ -40,7 +41,12 @@ def tried(alone, together, *others):
     assert isinstance(together, DistributedDataParallel) if config.train.bucket_cap_mb else together is alone
     return fitting(alone, together, *others)
 fitting, trainer_module.fitting_mini_batch_size = trainer_module.fitting_mini_batch_size, tried
+init_weights = GPT.init_weights
+def other_weights_than_rank_0(model, generator):
+    init_weights(model, torch.Generator().manual_seed(ranks.rank))
+GPT.init_weights = other_weights_than_rank_0
 trainer = Trainer(config, ranks)
+assert len(set(ranks.gather(trainer.raw_model.lm_head.weight.sum().item()))) == 1, "all start as rank 0 does"
 exchanged = []
 def counting(state, bucket):
     exchanged.append(bucket.index())
@@ -167,6 +173,14 @@ def test_ranks_of_one_machine_wait_for_the_end_and_are_not_told_different_things
     done = lab.run_command([*torchrun, str(script)], PYTHONPATH=str(REPOSITORY))
     refusal = "--bucket_cap_mb is not the same on all ranks ([None, 25]): give one on all machines"
     assert done.stdout == f"False, False, True, {refusal}, 4 6, 4 6\n", done.stderr
+
+
+def test_a_gradient_that_is_missing_is_an_error_before_ranks_add_up_others() -> None:
+    layer = nn.Linear(2, 2)
+    layer(torch.ones(2)).sum().backward()
+    layer.bias.grad = None
+    with pytest.raises(AssertionError):
+        gradients(layer)
 
 
 class Named(nn.Module):

@@ -100,8 +100,8 @@ def test_one_rank_beside_two(lab: Any) -> None:
         lab, torchrun, "tests/benchmarks/scaling.py --tiny --device cpu --rounds 1 --steps 1 --bucket_cap_mb 0 25"
     )
     assert done.returncode == 0, done.stderr
-    rows = [line.split(maxsplit=5) for line in done.stdout.splitlines()[-4:]]
+    rows = [line.split(maxsplit=6) for line in done.stdout.splitlines()[-4:]]
     names = ["rank 0 alone", "rank 1 alone", "all 2, --bucket_cap_mb 0", "all 2, --bucket_cap_mb 25"]
-    assert [row[5] for row in rows] == names
-    assert rows[0][2] == "1.000" and "1.000" in (rows[0][3], rows[1][3])
-    assert all(float(row[2]) > 0 and float(row[2]) <= float(row[3]) for row in rows)
+    assert [row[6] for row in rows] == names
+    assert rows[0][2] == "1.000" and "1.000" in (rows[0][4], rows[1][4])
+    assert all(0 < float(row[3]) <= float(row[4]) and float(row[2]) <= float(row[4]) for row in rows)

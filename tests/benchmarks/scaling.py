@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=2 tests/benchmarks/scaling.py --tiny --device cpu     to see that it runs
 
 Always the same total batch, with all that a run's step has (train_step.py). While one GPU is alone the others wait. A step of all
-is compared with one of rank 0's GPU and of the slowest, which sets its pace. With --bucket_cap_mb 0 25 100 all together once for
+is compared with rank 0's GPU, with the mean of all, in tokens/s, and with the slowest, which sets its pace. With --bucket_cap_mb 0 25 100 all together once for
 each of these, as `gpt2 train` has them.
 """
 
@@ -99,11 +99,12 @@ class Measured(NamedTuple):
 def show(singles: list[Measured], together: list[Measured], ranks: Ranks, steps: int, tokens: int) -> None:
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type
     print(f"\n{device}, torch {torch.__version__}, {dist.get_backend()}; median of {steps} steps of {tokens:,} tokens")
-    print(f"{'tokens/s':>10}{'ms':>9}{'times rank 0':>14}{'times the slowest':>19}{'peak GiB':>10}")
-    first, slowest = singles[0].seconds, max(one.seconds for one in singles)
+    print(f"{'tokens/s':>10}{'ms':>9}{'times rank 0':>14}{'the mean':>10}{'the slowest':>13}{'peak GiB':>10}")
+    times = [one.seconds for one in singles]
+    of_one = {14: times[0], 10: statistics.harmonic_mean(times), 13: max(times)}  # by the width of the column
     for name, seconds, peak_bytes in (*singles, *together):
-        speed = f"{tokens / seconds:>10,.0f}{1000 * seconds:>9.1f}{first / seconds:>14.3f}{slowest / seconds:>19.3f}"
-        print(f"{speed}{peak_bytes / 2**30:>10.2f}  {name}")
+        ratios = "".join(f"{one / seconds:>{width}.3f}" for width, one in of_one.items())
+        print(f"{tokens / seconds:>10,.0f}{1000 * seconds:>9.1f}{ratios}{peak_bytes / 2**30:>10.2f}  {name}")
 
 
 if __name__ == "__main__":
