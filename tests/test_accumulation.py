@@ -39,6 +39,8 @@ ranks = Ranks.join("cpu")
 config = run_config(parser.parse_args())
 def tried(alone, together, *others):
     assert isinstance(together, DistributedDataParallel) if config.train.bucket_cap_mb else together is alone
+    sums = ranks.gather(next(alone.parameters()).sum().item())
+    assert len(set(sums)) == 1, "rank 0's weights are everyone's, before a mini-batch is tried"
     return fitting(alone, together, *others)
 fitting, trainer_module.fitting_mini_batch_size = trainer_module.fitting_mini_batch_size, tried
 init_weights = GPT.init_weights
@@ -46,7 +48,6 @@ def other_weights_than_rank_0(model, generator):
     init_weights(model, torch.Generator().manual_seed(ranks.rank))
 GPT.init_weights = other_weights_than_rank_0
 trainer = Trainer(config, ranks)
-assert len(set(ranks.gather(trainer.raw_model.lm_head.weight.sum().item()))) == 1, "all start as rank 0 does"
 exchanged = []
 def counting(state, bucket):
     exchanged.append(bucket.index())

@@ -674,7 +674,8 @@ def test_a_full_disk_is_said_in_one_sentence_and_loses_nothing(dataset, corpus, 
     assert done.stderr.count("\n") == 1
     assert f"{folder}: File too large; what is finished stays: make room and run again" in done.stderr
     assert not (folder / "manifest.json").exists()
-    assert all(len(np.load(shard)) < 2048 for shard in folder.glob("*.npy"))  # the last one is shorter than the limit
+    shards = [np.load(shard) for shard in folder.glob("*.npy")]
+    assert not shards or (when == "shards" and max(map(len, shards)) < 2048)  # the last one, which the limit lets pass
     make(folder, corpus)
     assert contents(folder) == contents(dataset)
 

@@ -4,8 +4,8 @@
     torchrun --standalone --nproc_per_node=2 tests/benchmarks/scaling.py --tiny --device cpu     to see that it runs
 
 Always the same total batch, with all that a run's step has (train_step.py). While one GPU is alone the others wait. A step of all
-is compared with rank 0's GPU, with the mean of all, in tokens/s, and with the slowest, which sets its pace. With --bucket_cap_mb 0 25 100 all together once for
-each of these, as `gpt2 train` has them.
+is compared with rank 0's GPU, with the mean of all, in tokens/s, and with the slowest, which sets its pace. With
+--bucket_cap_mb 0 25 100 all together once for each of these, as `gpt2 train` has them.
 """
 
 from __future__ import annotations
@@ -101,9 +101,9 @@ def show(singles: list[Measured], together: list[Measured], ranks: Ranks, steps:
     print(f"\n{device}, torch {torch.__version__}, {dist.get_backend()}; median of {steps} steps of {tokens:,} tokens")
     print(f"{'tokens/s':>10}{'ms':>9}{'times rank 0':>14}{'the mean':>10}{'the slowest':>13}{'peak GiB':>10}")
     times = [one.seconds for one in singles]
-    of_one = {14: times[0], 10: statistics.harmonic_mean(times), 13: max(times)}  # by the width of the column
+    first, mean, slowest = times[0], statistics.harmonic_mean(times), max(times)
     for name, seconds, peak_bytes in (*singles, *together):
-        ratios = "".join(f"{one / seconds:>{width}.3f}" for width, one in of_one.items())
+        ratios = f"{first / seconds:>14.3f}{mean / seconds:>10.3f}{slowest / seconds:>13.3f}"
         print(f"{tokens / seconds:>10,.0f}{1000 * seconds:>9.1f}{ratios}{peak_bytes / 2**30:>10.2f}  {name}")
 
 
